@@ -1,0 +1,131 @@
+"""PyTorch attention for scattered query rows: host work once per stage (plan), device work per layer (attend).
+
+A query at position ``p`` sees the keys of all positions ``<= p`` of its request, whichever rows are active. Masking
+by row instead would let a scattered row miss the keys between its neighbours.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+
+BLOCK_ROWS = 128
+"""Query rows per masked call: large enough to amortise the call, small enough to skip most keys above the diagonal."""
+
+
+class Sequence(NamedTuple):
+    """The active rows of one request.
+
+    positions: int64 numpy [n], strictly ascending positions in the prompt. slots: int64 [max(positions) + 1], the KV
+    slot of every position from 0.
+    """
+
+    positions: np.ndarray
+    slots: torch.Tensor
+
+
+class _Block(NamedTuple):
+    first: int
+    """First query row, in rows of the stage."""
+    rows: int
+    keys: int
+    """Keys ``[0, keys)`` are read."""
+    mask: torch.Tensor | None
+    """Additive [rows, keys] in the query's dtype; None where every key is visible or ``causal`` holds."""
+    causal: bool
+
+
+class _SequencePlan(NamedTuple):
+    slots: torch.Tensor
+    run: tuple[int, int] | None
+    """``(first, stop)`` when the slots are one ascending run: read as a view instead of a gather."""
+    blocks: tuple[_Block, ...]
+
+
+class AttentionPlan(NamedTuple):
+    """One stage: valid for every layer that runs over the same rows."""
+
+    sequences: tuple[_SequencePlan, ...]
+
+
+def plan_attention(sequences: list[Sequence], *, dtype: torch.dtype, device: torch.device) -> AttentionPlan:
+    """Split each request's rows into blocks and build their masks.
+
+    ``dtype`` is the query's. Rows of the stage are the sequences' rows one after another.
+    """
+    planned = []
+    first = 0
+    for positions, slots in sequences:
+        planned.append(_SequencePlan(slots, _one_run(slots), _blocks(positions, first, dtype, device)))
+        first += len(positions)
+    return AttentionPlan(tuple(planned))
+
+
+def _one_run(slots: torch.Tensor) -> tuple[int, int] | None:
+    if slots.device.type != "cpu":
+        return None  # reading slot numbers back would stall the device
+    low, high = int(slots[0]), int(slots[-1])
+    if high - low + 1 != slots.numel() or not bool((slots[1:] - slots[:-1] == 1).all()):
+        return None
+    return low, high + 1
+
+
+def _blocks(positions: np.ndarray, first: int, dtype: torch.dtype, device: torch.device) -> tuple[_Block, ...]:
+    count = len(positions)
+    if count and not (positions[0] >= 0 and bool((np.diff(positions) > 0).all())):
+        raise ValueError("query positions must be ascending")
+    blocks = []
+    # The leading rows that are the prompt's own start attend to themselves only: the causal kernel needs no mask.
+    lead = int(np.searchsorted(positions != np.arange(count), True)) if count else 0
+    if lead:
+        blocks.append(_Block(first, lead, lead, None, True))
+    for low in range(lead, count, BLOCK_ROWS):
+        part = positions[low : low + BLOCK_ROWS]
+        keys = int(part[-1]) + 1
+        mask = None
+        if len(part) > 1:
+            hidden = torch.arange(keys)[None, :] > torch.from_numpy(part)[:, None]
+            mask = torch.zeros(hidden.shape, dtype=dtype).masked_fill_(hidden, float("-inf")).to(device)
+        blocks.append(_Block(first + low, len(part), keys, mask, False))
+    return tuple(blocks)
+
+
+def attend(
+    plan: AttentionPlan,
+    query: torch.Tensor,
+    key_buffer: torch.Tensor,
+    value_buffer: torch.Tensor,
+    scaling: float,
+    out: torch.Tensor,
+) -> None:
+    """Attention of all rows of the stage in one layer.
+
+    query: [rows, heads, head_dim]; key_buffer, value_buffer: [slots, kv_heads, dim], holding every key that a row may
+    see; heads is a multiple of kv_heads (grouped-query attention, heads of a group adjacent). out: [rows, heads,
+    v_dim], written in place.
+    """
+    kv_heads = key_buffer.shape[1]
+    group = query.shape[1] // kv_heads
+    for slots, run, blocks in plan.sequences:
+        if run is None:
+            key, value = key_buffer.index_select(0, slots), value_buffer.index_select(0, slots)
+        else:
+            key, value = key_buffer[run[0] : run[1]], value_buffer[run[0] : run[1]]
+        # kv heads become the batch, the heads of a group share their keys through a zero stride: nothing is expanded.
+        key = key.to(query.dtype).transpose(0, 1)[:, None].expand(-1, group, -1, -1)
+        value = value.to(query.dtype).transpose(0, 1)[:, None].expand(-1, group, -1, -1)
+        for block in blocks:
+            rows = slice(block.first, block.first + block.rows)
+            q = query[rows].unflatten(1, (kv_heads, group)).permute(1, 2, 0, 3)
+            o = scaled_dot_product_attention(
+                q,
+                key[:, :, : block.keys],
+                value[:, :, : block.keys],
+                attn_mask=block.mask,
+                is_causal=block.causal,
+                scale=scaling,
+            )
+            out[rows].copy_(o.permute(2, 0, 1, 3).flatten(1, 2))

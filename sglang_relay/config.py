@@ -1,0 +1,217 @@
+"""The one validated, frozen configuration object of the relay.
+
+Weight of the sources, later ones win: defaults, the JSON file that ``SGLANG_RELAY_CONFIG`` names,
+``SGLANG_RELAY_<NAME>`` environment variables. The ``--relay-<name>`` flags become environment
+variables in the launcher (``engine/plugin.py``), so that every process sees the same values.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+ENV_PREFIX = "SGLANG_RELAY_"
+CONFIG_ENV = "SGLANG_RELAY_CONFIG"
+
+POLICIES = ("rotate", "relay", "full")
+
+
+class ConfigError(ValueError):
+    """A setting has a value that is not allowed; the text names setting, value and what is allowed."""
+
+
+@dataclass(frozen=True, slots=True)
+class LayerRange:
+    """Layers of the paper's policy (method.md, "When the consumer prefills"), 0-based, inclusive.
+
+    ``start``: first layer whose cached K/V are no longer trusted (only the entry from hidden states reads it);
+    ``detect``: layer at which the value deviation is measured; ``end``: last layer that selected tokens pass.
+    """
+
+    start: int
+    detect: int
+    end: int
+
+    def __str__(self) -> str:
+        return f"{self.start},{self.detect},{self.end}"
+
+
+@dataclass(frozen=True, slots=True)
+class RelayConfig:
+    """Settings of one server.
+
+    policy: recompute policy that a request gets when it names none.
+    layer_range: ``start,detect,end`` of policy ``relay``; None derives ``1,3,last`` from the model.
+    tau_dev: a token is recomputed when its value deviation is at least ``tau_dev`` times its segment's mean.
+    suffix: the last tokens of every segment are always recomputed.
+    budget: most of a segment's tokens (share in (0, 1]) that ``relay`` may select; None sets no cap.
+    default: what a request without ``custom_params.relay`` gets: ``on``, ``exact`` or ``off``.
+    donate: what a finished request offers to others: its ``output``, ``all`` of its tokens, or ``none``.
+    min_segment: shortest run of equal tokens, in tokens, that is reused.
+    min_relayed: fewest reusable tokens in a prompt for which relay is worth its fixed cost.
+    max_segments: most segments per prompt.
+    max_depth: greatest approximation depth of a donor.
+    window, stride: length and spacing, in tokens, of the hashed windows of a donor.
+    index_bytes: most bytes the content index may hold.
+    """
+
+    policy: str = "relay"
+    layer_range: LayerRange | None = None
+    tau_dev: float = 1.5
+    suffix: int = 10
+    budget: float | None = None
+    default: str = "on"
+    donate: str = "output"
+    min_segment: int = 32
+    min_relayed: int = 64
+    max_segments: int = 64
+    max_depth: int = 4
+    window: int = 16
+    stride: int = 8
+    index_bytes: int = 256 << 20
+
+    def __post_init__(self) -> None:
+        for check in _CHECKS:
+            check(self)
+
+    def resolve_layer_range(self, num_layers: int) -> LayerRange:
+        """The range for a model of ``num_layers`` layers. Raises ConfigError when it does not fit."""
+        if self.layer_range is not None:
+            chosen = self.layer_range
+        else:
+            detect = min(3, num_layers - 1)
+            chosen = LayerRange(min(1, detect), detect, num_layers - 1)
+        if chosen.end >= num_layers:
+            raise ConfigError(
+                f"layer_range={chosen}: the model has {num_layers} layers, so the last layer allowed is {num_layers - 1}"
+            )
+        return chosen
+
+
+def _one_of(name: str, allowed: tuple[str, ...]) -> Callable[[RelayConfig], None]:
+    def check(config: RelayConfig) -> None:
+        value = getattr(config, name)
+        if value not in allowed:
+            raise ConfigError(f"{name}={value!r}: allowed are {', '.join(allowed)}")
+
+    return check
+
+
+def _between(name: str, low: float, high: float) -> Callable[[RelayConfig], None]:
+    def check(config: RelayConfig) -> None:
+        value = getattr(config, name)
+        if not low <= value <= high:
+            raise ConfigError(f"{name}={value!r}: allowed is a number from {low} to {high}")
+
+    return check
+
+
+def _budget(config: RelayConfig) -> None:
+    if config.budget is not None and not 0 < config.budget <= 1:
+        raise ConfigError(f"budget={config.budget!r}: allowed is a share above 0 and at most 1, or none")
+
+
+def _layers(config: RelayConfig) -> None:
+    r = config.layer_range
+    if r is not None and not 0 <= r.start <= r.detect <= r.end:
+        raise ConfigError(f"layer_range={r}: allowed is START,DETECT,END with 0 <= START <= DETECT <= END")
+
+
+def _windows(config: RelayConfig) -> None:
+    if config.stride > config.window:
+        raise ConfigError(f"stride={config.stride}: allowed is a number from 1 to window={config.window}")
+    if config.min_segment < config.window:
+        raise ConfigError(f"min_segment={config.min_segment}: allowed is a number from window={config.window} up")
+
+
+_CHECKS: tuple[Callable[[RelayConfig], None], ...] = (
+    _one_of("policy", POLICIES),
+    _one_of("default", ("on", "exact", "off")),
+    _one_of("donate", ("output", "all", "none")),
+    _between("tau_dev", 0.0, 1e6),
+    _between("suffix", 0, 1 << 20),
+    _between("min_segment", 1, 1 << 20),
+    _between("min_relayed", 1, 1 << 20),
+    _between("max_segments", 1, 4096),
+    _between("max_depth", 0, 64),
+    _between("window", 4, 1024),
+    _between("stride", 1, 1024),
+    _between("index_bytes", 1 << 20, 1 << 40),
+    _budget,
+    _layers,
+    _windows,
+)
+
+
+def _parse_range(text: str) -> LayerRange | None:
+    if text.lower() in ("", "none", "auto"):
+        return None
+    start, detect, end = (int(part) for part in text.split(","))
+    return LayerRange(start, detect, end)
+
+
+def _parse_budget(text: str) -> float | None:
+    return None if text.lower() in ("", "none") else float(text)
+
+
+_PARSERS: dict[str, tuple[Callable[[str], Any], str]] = {
+    "layer_range": (_parse_range, "START,DETECT,END or auto"),
+    "budget": (_parse_budget, "a share such as 0.2, or none"),
+    "tau_dev": (float, "a number"),
+    "policy": (str, "a name"),
+    "default": (str, "a name"),
+    "donate": (str, "a name"),
+}
+_INTEGER: tuple[Callable[[str], Any], str] = (int, "a whole number")
+
+
+def setting_names() -> tuple[str, ...]:
+    """Names of all settings, as they stand in the JSON file."""
+    return tuple(f.name for f in fields(RelayConfig))
+
+
+def _parse(name: str, value: Any, source: str) -> Any:
+    parser, allowed = _PARSERS.get(name, _INTEGER)
+    text = ",".join(str(v) for v in value) if isinstance(value, list) else str(value)
+    try:
+        return parser("none" if value is None else text)
+    except ValueError as error:
+        raise ConfigError(f"{source}: {name}={value!r}: allowed is {allowed}") from error
+
+
+def load_config(env: Mapping[str, str]) -> RelayConfig:
+    """Read the configuration from ``env`` and the JSON file it may name.
+
+    Raises ConfigError, naming the source, for an unknown setting, an unreadable file or a value that is not allowed.
+    """
+    chosen: dict[str, Any] = {}
+    names = setting_names()
+    if path := env.get(CONFIG_ENV):
+        for name, value in _read_file(Path(path)).items():
+            if name not in names:
+                raise ConfigError(f"{path}: unknown setting {name!r}: allowed are {', '.join(names)}")
+            chosen[name] = _parse(name, value, path)
+    for variable in sorted(env):
+        if not variable.startswith(ENV_PREFIX) or variable == CONFIG_ENV:
+            continue
+        name = variable[len(ENV_PREFIX) :].lower()
+        if name not in names:
+            allowed = ", ".join(ENV_PREFIX + n.upper() for n in names)
+            raise ConfigError(f"unknown environment variable {variable}: allowed are {CONFIG_ENV}, {allowed}")
+        chosen[name] = _parse(name, env[variable], variable)
+    return RelayConfig(**chosen)
+
+
+def _read_file(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{CONFIG_ENV}={path}: the file cannot be read ({error.strerror})") from error
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"{CONFIG_ENV}={path}: not JSON ({error})") from error
+    if not isinstance(content, dict):
+        raise ConfigError(f"{CONFIG_ENV}={path}: allowed is a JSON object of settings")
+    return content

@@ -1,0 +1,1 @@
+"""The only room that imports sglang: hooks, tree, scheduling, staged forward, guards, reports."""

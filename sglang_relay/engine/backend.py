@@ -1,0 +1,81 @@
+"""The attention backend of one relay forward: writes K/V of the active rows, attends by absolute position."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
+from sglang.srt.mem_cache.memory_pool import KVWriteLoc
+
+from sglang_relay.attention import AttentionPlan, attend
+
+if TYPE_CHECKING:
+    from sglang.srt.layers.radix_attention import RadixAttention
+    from sglang.srt.model_executor.forward_batch_info import ForwardBatch
+
+
+class DeviationProbe:
+    """Value deviation between fresh and donor V at one layer (method.md: ``d = 1 - mean over heads of cosine``).
+
+    rows: int64 [n], rows of the stage that are reused tokens. donor_slots: int64 [n], where their donors' V lies; read
+    there and not at the target, which a model with fused K/V writes has already overwritten.
+    """
+
+    def __init__(self, layer: int, rows: torch.Tensor, donor_slots: torch.Tensor) -> None:
+        self.layer = layer
+        self._rows = rows
+        self._donor_slots = donor_slots
+        self.cosine_sum: torch.Tensor | None = None
+        """float32 [n], cosines summed over this rank's KV heads."""
+        self.heads = 0
+
+    def measure(self, value: torch.Tensor, value_buffer: torch.Tensor) -> None:
+        """value: [rows, kv_heads, v_dim], fresh; value_buffer: [slots, kv_heads, v_dim], not yet overwritten."""
+        fresh = value.index_select(0, self._rows).float()
+        cached = value_buffer.index_select(0, self._donor_slots).float()
+        self.cosine_sum = torch.cosine_similarity(fresh, cached, dim=-1).sum(-1)
+        self.heads = value.shape[1]
+
+
+class RelayAttentionBackend(AttentionBackend):
+    """Swapped in through the forward context for one relay forward; the server's own backend is untouched."""
+
+    def __init__(self, runner: Any) -> None:
+        super().__init__()
+        self.token_to_kv_pool = runner.token_to_kv_pool
+        self.req_to_token_pool = runner.req_to_token_pool
+        self.stage: AttentionPlan | None = None
+        self.probe: DeviationProbe | None = None
+
+    def init_forward_metadata(self, forward_batch: ForwardBatch) -> None:
+        """Nothing: ``stage`` is planned by the staged forward."""
+
+    def forward_extend(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        layer: RadixAttention,
+        forward_batch: ForwardBatch,
+        save_kv_cache: bool = True,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        """q, k, v: the stage's rows. Returns [rows, heads * v_dim].
+
+        Raises NotImplementedError for attention arguments that have no place here (sinks, sparse indices).
+        """
+        if any(value is not None for value in kwargs.values()):
+            raise NotImplementedError(f"attention arguments {sorted(kwargs)}")
+        if self.stage is None:
+            raise RuntimeError("no attention stage is planned")
+        pool = self.token_to_kv_pool
+        keys, values = pool.get_key_buffer(layer.layer_id), pool.get_value_buffer(layer.layer_id)
+        if self.probe is not None and self.probe.layer == layer.layer_id:
+            self.probe.measure(v.view(-1, layer.tp_v_head_num, layer.v_head_dim), values)
+        if save_kv_cache:
+            pool.set_kv_buffer(layer, KVWriteLoc(forward_batch.out_cache_loc, None), k, v)
+        query = q.view(-1, layer.tp_q_head_num, layer.qk_head_dim)
+        out = query.new_empty(query.shape[0], layer.tp_q_head_num, layer.v_head_dim)
+        attend(self.stage, query, keys, values, layer.scaling, out)
+        return out.flatten(1)

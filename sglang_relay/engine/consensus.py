@@ -1,0 +1,44 @@
+"""One decision for all tensor-parallel ranks: relay together or decline together."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+import xxhash
+
+
+class Consensus:
+    """Agreement over the scheduler's CPU process group.
+
+    Every rank must call ``agree`` at the same points, whatever it found locally: a rank that skipped the call would
+    leave the others waiting. With one rank nothing is sent.
+    """
+
+    def __init__(self, group: dist.ProcessGroup | None) -> None:
+        self._group = group if group is not None and dist.get_world_size(group) > 1 else None
+
+    @property
+    def ranks(self) -> int:
+        return 1 if self._group is None else dist.get_world_size(self._group)
+
+    def agree(self, ok: bool, digest: int) -> bool:
+        """True on all ranks if every rank is ok and all digests (63-bit) are equal; else False on all ranks."""
+        if self._group is None:
+            return ok
+        votes = torch.tensor([int(ok), digest, -digest], dtype=torch.int64)
+        dist.all_reduce(votes, op=dist.ReduceOp.MIN, group=self._group)
+        all_ok, low, negated_high = votes.tolist()
+        return bool(all_ok) and low == -negated_high
+
+    def broadcast(self, value: object) -> object:
+        """Rank 0's value, on every rank."""
+        if self._group is None:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=dist.get_global_rank(self._group, 0), group=self._group)
+        return box[0]
+
+
+def digest_of(*parts: object) -> int:
+    """63-bit digest of the textual form of ``parts``: equal on ranks whose parts are equal."""
+    return xxhash.xxh3_64_intdigest(repr(parts).encode()) >> 1

@@ -1,0 +1,148 @@
+"""Named reasons why a server, a request or a batch is served by the stock path (design: sglang-seams.md, 4.6)."""
+
+from __future__ import annotations
+
+import inspect
+from typing import TYPE_CHECKING, Any
+
+from sglang.srt.layers.radix_attention import AttentionType, RadixAttention
+from sglang.srt.layers.rotary_embedding.base import RotaryEmbedding
+from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
+from torch import nn
+
+if TYPE_CHECKING:
+    from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
+    from sglang.srt.mem_cache.registry import TreeCacheBuildContext
+
+ADDITIVE_ERROR = 1e-4
+"""Largest violation of cos/sin additivity that still is fp32 rounding; length-dependent tables exceed it by far."""
+
+
+def server_reasons(ctx: TreeCacheBuildContext) -> list[str]:
+    """Every reason why this server cannot relay; empty when it can."""
+    reasons = [name for name, hit in _deployment(ctx.server_args) if hit]
+    reasons += [name for name, hit in _tree(ctx) if hit]
+    reasons += _model(ctx.tp_worker.model_runner)
+    return reasons
+
+
+def _deployment(args: Any) -> list[tuple[str, bool]]:
+    def on(name: str) -> bool:
+        return bool(getattr(args, name))
+
+    return [
+        ("pipeline_parallel", args.pp_size > 1),
+        ("dp_attention", on("enable_dp_attention") or (args.dp_size > 1 and args.tp_size % args.dp_size != 0)),
+        ("context_parallel", args.attn_cp_size > 1 or args.dcp_size > 1 or on("enable_prefill_cp")),
+        ("speculative_decoding", args.speculative_algorithm is not None),
+        ("pd_disaggregation", args.disaggregation_mode != "null"),
+        ("two_batch_overlap", on("enable_two_batch_overlap") or on("enable_single_batch_overlap")),
+        ("pd_multiplexing", on("enable_pdmux")),
+        ("deterministic_inference", on("enable_deterministic_inference")),
+        ("diffusion_llm", args.dllm_algorithm is not None),
+        ("elastic_ep", args.elastic_ep_backend is not None),
+        ("retraction_host_backup", args.disaggregation_decode_retraction_backup not in (None, "none")),
+        ("external_kv_store", on("enable_lmcache") or on("enable_unified_cache_external_linker")),
+        ("unified_memory", on("enable_unified_memory")),
+        ("kv_canary", str(args.kv_canary) not in ("None", "none", "off", "False")),
+        ("session_radix_cache", on("enable_session_radix_cache")),
+    ]
+
+
+def _tree(ctx: TreeCacheBuildContext) -> list[tuple[str, bool]]:
+    return [
+        ("radix_cache_disabled", bool(ctx.disable_radix_cache)),
+        ("sliding_window", bool(ctx.is_hybrid_swa)),
+        ("state_space_model", bool(ctx.is_hybrid_ssm)),
+        ("sparse_attention", bool(ctx.is_dsa)),
+    ]
+
+
+def _model(runner: Any) -> list[str]:
+    model, config, pool = runner.model, runner.model_config, runner.token_to_kv_pool
+    attention = [m for m in model.modules() if isinstance(m, RadixAttention)]
+    checks = [
+        ("embedding_model", not config.is_generation),
+        ("multimodal_model", bool(config.is_multimodal)),
+        ("encoder_decoder", bool(config.is_encoder_decoder)),
+        # A subclass stores something else (latent KV, quantised KV, two sub-pools) behind the same methods.
+        ("kv_pool_layout", type(pool) is not MHATokenToKVPool or pool.kv_cache_layout != "nhd"),
+        ("quantised_kv", pool.dtype.itemsize < 2),
+        ("model_without_layer_split", not splits_layers(model)),
+        ("model_prepares_batches", hasattr(model, "prepare_forward_batch") or hasattr(model, "prepare_for_forward")),
+        ("attention_layers", [a.layer_id for a in attention] != list(range(config.num_hidden_layers))),
+        ("attention_kind", any(_unusual(a) for a in attention)),
+    ]
+    reasons = [name for name, hit in checks if hit]
+    if find_rotary(model) is None:
+        reasons.append("rotary_embedding")
+    return reasons
+
+
+def _unusual(layer: RadixAttention) -> bool:
+    return bool(
+        layer.is_cross_attention
+        or layer.sliding_window_size > -1
+        or layer.logit_cap
+        or layer.use_irope
+        or layer.xai_temperature_len > 0
+        or layer.attn_type != AttentionType.DECODER
+        or layer.tp_q_head_num % layer.tp_k_head_num
+    )
+
+
+def splits_layers(model: nn.Module) -> bool:
+    """Whether the model can run a range of its layers (models/llama.py, ``forward_split_prefill``)."""
+    method = getattr(model, "forward_split_prefill", None)
+    if method is None:
+        return False
+    names = list(inspect.signature(method).parameters)
+    return names[:4] == ["input_ids", "positions", "forward_batch", "split_interval"]
+
+
+def find_rotary(model: nn.Module) -> RotaryEmbedding | None:
+    """The one static rotary embedding of all layers, or None: none, several, or one whose table depends on the input.
+
+    SGLang shares one module per parameter set (``get_rope``), so more than one object means more than one rotation.
+    """
+    found = {id(m): m for m in model.modules() if isinstance(m, RotaryEmbedding)}
+    if len(found) != 1:
+        return None
+    (rotary,) = found.values()
+    if "mrope" in type(rotary).__name__.lower() or hasattr(rotary, "mrope_section"):
+        return None
+    return rotary
+
+
+def request_reason(req: Req, has_multimodal: bool) -> str | None:
+    """Why this request cannot relay (known when it is made), or None."""
+    checks = (
+        ("streaming_session", req.session is not None and req.session.streaming),
+        ("multimodal_input", has_multimodal),
+        ("input_embeddings", req.input_embeds is not None or req.positional_embed_overrides is not None),
+        ("lora", req.lora_id is not None),
+        ("hidden_states_requested", bool(req.return_hidden_states)),
+        ("routed_experts_requested", bool(req.return_routed_experts or req.return_indexer_topk)),
+        ("scoring", req.multi_item_delimiter_indices is not None or req.token_indices_to_pool is not None),
+        ("cache_insert_disabled", bool(req.skip_radix_cache_insert)),
+    )
+    return next((name for name, hit in checks if hit), None)
+
+
+def batch_reason(batch: ScheduleBatch) -> str | None:
+    """Why this batch cannot relay, or None. One such request makes the whole batch run stock."""
+    reqs = batch.reqs
+    checks = (
+        ("hidden_states_in_batch", bool(batch.return_hidden_states)),
+        ("lora_in_batch", any(r.lora_id is not None for r in reqs)),
+        ("multimodal_in_batch", any(r.multimodal_inputs is not None for r in reqs)),
+        (
+            "embeddings_in_batch",
+            any(r.input_embeds is not None or r.positional_embed_overrides is not None for r in reqs),
+        ),
+        ("routed_experts_in_batch", any(r.return_routed_experts or r.return_indexer_topk for r in reqs)),
+        ("scoring_in_batch", any(r.token_indices_to_pool is not None for r in reqs)),
+        ("beam_search_in_batch", any(r.beam_group is not None for r in reqs)),
+        ("host_cache_load", getattr(batch, "hicache_consumer_index", -1) >= 0),
+    )
+    return next((name for name, hit in checks if hit), None)

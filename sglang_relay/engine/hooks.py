@@ -1,0 +1,152 @@
+"""Hooks on SGLang, applied through its registry and only in a process that serves with the relay backend."""
+
+from __future__ import annotations
+
+import pkgutil
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from sglang.srt.plugins.hook_registry import HookRegistry, HookSource, HookType
+
+from sglang_relay.engine.adder import adder_class
+from sglang_relay.engine.forward import relay_forward
+from sglang_relay.engine.manager import BatchPlan, RelayManager
+from sglang_relay.engine.report import streamer_class
+from sglang_relay.rotary import DeltaRotary
+
+SOURCE = HookSource(plugin_name="relay", dist_name="sglang-relay")
+
+_SCHEDULER = "sglang.srt.managers.scheduler.Scheduler"
+_UPDATER = "sglang.srt.managers.scheduler_components.weight_updater.SchedulerWeightUpdaterManager"
+_WEIGHT_UPDATES = (
+    "update_weights_from_disk",
+    "update_weights_from_distributed",
+    "update_weights_from_tensor",
+    "update_weights_from_ipc",
+    "begin_weight_update",
+    "end_weight_update",
+)
+
+
+class Hook(NamedTuple):
+    target: str
+    kind: HookType
+    function: Callable[..., Any]
+
+
+class SchedulerHooks:
+    """The hooks of one scheduler process, bound to its relay."""
+
+    def __init__(self, relay: RelayManager, rotary: DeltaRotary | None, state: Callable[[], dict[str, Any]]) -> None:
+        self.relay = relay
+        self.rotary = rotary
+        self.state = state
+        self._running: BatchPlan | None = None
+        self._adders: dict[type, type] = {}
+
+    def table(self) -> list[Hook]:
+        around, after = HookType.AROUND, HookType.AFTER
+        internal = "sglang.srt.managers.scheduler_components.internal_state.SchedulerInternalStateController"
+        hooks = [
+            Hook(f"{_SCHEDULER}._create_generation_req", after, self.create_request),
+            Hook(f"{_SCHEDULER}.get_output_streamer_class", after, self.streamer),
+            Hook(f"{internal}.get_internal_state", after, self.internal_state),
+        ]
+        if self.relay.unsupported:
+            return hooks
+        hooks += [
+            Hook(f"{_SCHEDULER}.get_prefill_adder_class", after, self.adder),
+            Hook("sglang.srt.managers.schedule_batch.ScheduleBatch.prepare_for_extend", around, self.prepare),
+            Hook(f"{_SCHEDULER}.run_batch", around, self.run_batch),
+            Hook("sglang.srt.model_executor.model_runner.ModelRunner.forward", around, self.forward),
+        ]
+        return hooks + [Hook(f"{_UPDATER}.{name}", around, self.update_weights) for name in _WEIGHT_UPDATES]
+
+    # ------------------------------------------------------------------ requests and reports
+
+    def create_request(self, req: Any, scheduler: Any, received: Any, *args: Any, **kwargs: Any) -> None:
+        try:
+            self.relay.adopt(req, has_multimodal=received.mm_inputs is not None)
+        except Exception as error:
+            self.relay.failure("adopt", error)
+
+    def streamer(self, base: type, scheduler: Any) -> type:
+        return streamer_class(base)
+
+    def internal_state(self, result: Any, controller: Any, *args: Any, **kwargs: Any) -> Any:
+        result.internal_state["relay"] = self.state()
+        return result
+
+    # ------------------------------------------------------------------ scheduling
+
+    def adder(self, base: type, scheduler: Any) -> type:
+        if base not in self._adders:
+            self._adders[base] = adder_class(base, self.relay)
+        return self._adders[base]
+
+    def prepare(self, original: Callable[..., None], batch: Any, *args: Any, **kwargs: Any) -> None:
+        batch.relay_plan = planned = self.relay.plan(batch)
+        try:
+            original(batch, *args, **kwargs)
+        except BaseException:
+            self.relay.release(planned)
+            raise
+
+    def run_batch(self, original: Callable[..., Any], scheduler: Any, batch: Any, *args: Any, **kwargs: Any) -> Any:
+        planned = batch.__dict__.pop("relay_plan", None)
+        if planned is None:
+            return original(scheduler, batch, *args, **kwargs)
+        self._running = planned
+        try:
+            return original(scheduler, batch, *args, **kwargs)
+        finally:
+            self._running = None
+            self.relay.finish(planned)
+
+    def forward(self, original: Callable[..., Any], runner: Any, batch: Any, *args: Any, **kwargs: Any) -> Any:
+        planned = self._running
+        if planned is None or runner.is_draft_worker or self.rotary is None:
+            return original(runner, batch, *args, **kwargs)
+        self._running = None  # a failed relay forward calls the stock forward, which must not come back here
+        return relay_forward(original, self.relay, self.rotary, planned, runner, batch, *args, **kwargs)
+
+    def update_weights(self, original: Callable[..., Any], updater: Any, *args: Any, **kwargs: Any) -> Any:
+        waiting = [*updater.scheduler.waiting_queue, *_grammar_queue(updater.scheduler)]
+        self.relay.on_weights(waiting, begin=True)
+        try:
+            return original(updater, *args, **kwargs)
+        finally:
+            self.relay.on_weights(waiting, begin=False)
+
+
+def _grammar_queue(scheduler: Any) -> list[Any]:
+    return list(scheduler.grammar_manager.grammar_queue)
+
+
+def install(hooks: list[Hook]) -> None:
+    """Apply ``hooks``. A target that another plugin has hooked keeps that plugin's wrapper inside ours."""
+    for hook in hooks:
+        HookRegistry.register(hook.target, hook.function, hook.kind, source=SOURCE)
+        if hook.target in HookRegistry._patched:
+            HookRegistry._apply_target(hook.target, [(hook.kind, hook.function, SOURCE)])
+    HookRegistry.apply_hooks()
+
+
+def missing(hooks: list[Hook]) -> list[str]:
+    """Targets whose hook is not in force: SGLang only logs a hook that failed to apply."""
+    return [h.target for h in hooks if not _in_force(h)]
+
+
+def _in_force(hook: Hook) -> bool:
+    owner, _, name = hook.target.rpartition(".")
+    try:
+        current = getattr(pkgutil.resolve_name(owner), name)
+    except (ImportError, AttributeError):
+        return False
+    while current is not None:
+        # Each wrapper of the registry closes over its hook (plugins/hook_registry.py, ``_wrap_fn``).
+        cells = getattr(current, "__closure__", None) or ()
+        if any(cell.cell_contents == hook.function for cell in cells):
+            return True
+        current = getattr(current, "__wrapped__", None)
+    return False

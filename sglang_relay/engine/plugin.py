@@ -1,0 +1,165 @@
+"""Entry point of the SGLang plugin: registers the tree backends, and wires the relay when one of them is chosen.
+
+Loading registers two backend names and a start-up hook in the front-end process; nothing that serves requests is
+touched. Only when SGLang builds the tree with one of the names (``--radix-cache-backend relay``) are the scheduler's
+hooks applied, in that process.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import secrets
+from typing import TYPE_CHECKING, Any
+
+from sglang_relay import __version__
+from sglang_relay.config import ConfigError, load_config
+
+if TYPE_CHECKING:
+    from sglang.srt.mem_cache.registry import TreeCacheBuildContext
+
+logger = logging.getLogger(__name__)
+
+SHARED = "relay"
+ISOLATED = "relay-isolated"
+SGLANG_VERSION = "0.5.23"
+
+
+def load() -> None:
+    """Called by SGLang in every process (plugins/__init__.py, ``load_plugins``)."""
+    from sglang.srt.mem_cache.registry import get_radix_cache_factory, register_radix_cache_backend
+
+    from sglang_relay.engine import command_line, front_end
+
+    for name in (SHARED, ISOLATED):
+        if get_radix_cache_factory(name) is None:
+            register_radix_cache_backend(name, build_tree)
+    command_line.register()
+    front_end.register((SHARED, ISOLATED))
+
+
+def build_tree(ctx: TreeCacheBuildContext) -> Any:
+    """Build the tree and the relay of one scheduler process.
+
+    Raises ConfigError for a setting that is not allowed, which ends the start-up. Whatever else stands in the way
+    (model, deployment, a hook that did not apply) is logged by name and leaves a server that serves stock.
+    """
+    from sglang.srt.mem_cache.registry import create_unified_radix_cache
+    from sglang.srt.runtime_context import get_memory, get_observability
+
+    from sglang_relay.engine import hooks as hooking
+    from sglang_relay.engine.consensus import Consensus
+    from sglang_relay.engine.guards import server_reasons
+    from sglang_relay.engine.manager import RelayManager
+    from sglang_relay.engine.namespaces import new_secret
+    from sglang_relay.engine.report import Metrics
+    from sglang_relay.engine.tree import RelayCache
+
+    config = load_config(os.environ)
+    runner = ctx.tp_worker.model_runner
+    config.resolve_layer_range(runner.model_config.num_hidden_layers)
+    isolated = get_memory().radix_cache_backend == ISOLATED
+    reasons = server_reasons(ctx)
+    tree = create_unified_radix_cache(ctx, cache_class=RelayCache)
+    if not isinstance(tree, RelayCache):
+        raise ConfigError(f"radix_cache_backend={SHARED}: SGLang built a {type(tree).__name__} instead")
+    consensus = Consensus(ctx.params.tp_cache_group)
+    rotary = None if reasons else _rotary(runner, reasons)
+    secret, base = consensus.broadcast((new_secret(), secrets.randbits(60) | 1))  # type: ignore[misc]
+    relay = RelayManager(
+        config,
+        tree,
+        consensus,
+        num_layers=runner.model_config.num_hidden_layers,
+        pool_slots=0 if reasons else runner.token_to_kv_pool.k_buffer[0].shape[0],
+        secret=secret,
+        base=base,
+        isolated=isolated,
+        unsupported=reasons,
+    )
+    hooks = hooking.SchedulerHooks(relay, rotary, lambda: _state(relay, table, isolated))
+    table = hooks.table()
+    hooking.install(table)
+    if absent := hooking.missing(table):
+        relay.unsupported.append("hook_missing")
+        logger.error("relay: hooks not applied, relay stays off: %s", ", ".join(absent))
+    tree.relay = relay
+    if ctx.tp_rank == 0:
+        if get_observability().enable_metrics:
+            relay.stats.metrics = Metrics({"model_name": str(ctx.server_args.served_model_name)})
+        _announce(relay, table, isolated)
+    return tree
+
+
+def _rotary(runner: Any, reasons: list[str]) -> Any:
+    """The delta rotation of the model, or None after adding the reason why there is none."""
+    from sglang_relay.engine.guards import find_rotary
+    from sglang_relay.engine.rotary_probe import unrotated_layers
+    from sglang_relay.rotary import DeltaRotary, is_static_table
+
+    module: Any = find_rotary(runner.model)
+    table = module._compute_cos_sin_cache().float().to(runner.device)
+    if not is_static_table(table):
+        reasons.append("rotary_table_not_static")
+        return None
+    if table.shape[0] < runner.model_config.context_len:
+        reasons.append("rotary_table_short")
+        return None
+    rotary = DeltaRotary.from_table(
+        table, neox=module.is_neox_style, rotary_dim=module.rotary_dim, head_dim=module.head_size
+    )
+    try:
+        wrong = unrotated_layers(runner, rotary)
+    except Exception as error:
+        logger.warning("relay: the rotary probe failed", exc_info=error)
+        reasons.append("rotary_probe_failed")
+        return None
+    if wrong:
+        logger.warning("relay: keys of layers %s do not follow the model's rotary embedding", wrong)
+        reasons.append("layers_without_rotation")
+        return None
+    return rotary
+
+
+def _announce(relay: Any, hooks: list[Any], isolated: bool) -> None:
+    if relay.unsupported:
+        logger.warning("relay: off, this server is served stock: %s", ", ".join(relay.unsupported))
+        return
+    domain = (
+        "isolated: only requests with a cache_salt or relay_scope donate and relay"
+        if isolated
+        else "one trust domain: requests with equal extra_key and cache_salt share donors"
+    )
+    layers = relay.config.resolve_layer_range(relay.num_layers)
+    logger.info(
+        "relay: on (%s); policy %s, layers %s, tau_dev %g, suffix %d; %d hooks in force; no certificate for this model",
+        domain,
+        relay.config.policy,
+        layers,
+        relay.config.tau_dev,
+        relay.config.suffix,
+        len(hooks),
+    )
+
+
+def _state(relay: Any, hooks: list[Any], isolated: bool) -> dict[str, Any]:
+    """What ``/server_info`` shows. Holds no secret."""
+    from sglang_relay.engine.hooks import missing
+
+    absent = missing(hooks)
+    return {
+        "version": __version__,
+        "active": not relay.unsupported,
+        "unsupported": list(relay.unsupported),
+        "isolated": isolated,
+        "hooks": {h.target: h.target not in absent for h in hooks},
+        "config": {name: _plain(getattr(relay.config, name)) for name in type(relay.config).__dataclass_fields__},
+        "layer_range": str(relay.config.resolve_layer_range(relay.num_layers)),
+        "weight_epoch": relay.namespaces.epoch,
+        "index": relay.index.stats(),
+        "stats": relay.stats.as_dict(),
+    }
+
+
+def _plain(value: Any) -> Any:
+    return value if value is None or isinstance(value, (bool, int, float, str)) else str(value)

@@ -1,0 +1,121 @@
+"""Counters of one scheduler process, for /server_info and SGLang's /metrics, and the per-request report's way out."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from sglang_relay.plan import Segment
+
+REPORT_KEY = "relay"
+
+
+@dataclass(slots=True)
+class Stats:
+    """Counts of tokens, decisions and host seconds since start-up."""
+
+    tokens: Counter[str] = field(default_factory=Counter)
+    """exact: copied prefix; reused: donor KV placed; fresh: computed because no donor held it."""
+    declined: Counter[str] = field(default_factory=Counter)
+    recomputed: int = 0
+    batches: int = 0
+    fallbacks: int = 0
+    failures: int = 0
+    match_seconds: float = 0.0
+    plan_seconds: float = 0.0
+    learn_seconds: float = 0.0
+    place_seconds: float = 0.0
+    """Host time of launching the copies; on a CPU this is the copy itself."""
+    forward_seconds: float = 0.0
+    metrics: Metrics | None = None
+
+    def decline(self, reason: str) -> None:
+        self.declined[reason] += 1
+        if self.metrics is not None:
+            self.metrics.declined.labels(reason=reason).inc()
+
+    def chunk(self, *, fresh: int, segments: Iterable[Segment]) -> None:
+        """Count one chunk of one request: ``fresh`` computed tokens and the ``segments`` that were placed."""
+        counts = Counter(fresh=fresh)
+        for s in segments:
+            counts["exact" if s.exact else "reused"] += s.length
+        self.tokens += counts
+        if self.metrics is not None:
+            for kind, count in counts.items():
+                self.metrics.tokens.labels(kind=kind).inc(count)
+
+    def batch(self) -> None:
+        self.batches += 1
+        if self.metrics is not None:
+            self.metrics.batches.inc()
+
+    def fallback(self) -> None:
+        self.fallbacks += 1
+        if self.metrics is not None:
+            self.metrics.fallbacks.inc()
+
+    def repaired(self, count: int) -> None:
+        self.recomputed += count
+        if self.metrics is not None:
+            self.metrics.recomputed.inc(count)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain types only: SGLang sends it as msgpack."""
+        return {
+            "tokens": dict(self.tokens),
+            "recomputed": self.recomputed,
+            "declined": dict(self.declined),
+            "batches": self.batches,
+            "fallbacks": self.fallbacks,
+            "failures": self.failures,
+            "seconds": {
+                name: round(getattr(self, f"{name}_seconds"), 6)
+                for name in ("match", "plan", "learn", "place", "forward")
+            },
+        }
+
+
+class Metrics:
+    """Prometheus counters ``sglang_relay:*``. Made late: prometheus_client reads its multi-process folder on import."""
+
+    def __init__(self, labels: dict[str, str]) -> None:
+        from prometheus_client import Counter as PrometheusCounter
+
+        names = list(labels)
+
+        def counter(name: str, text: str, *extra: str) -> Any:
+            family = PrometheusCounter(f"sglang_relay:{name}", text, [*names, *extra])
+            return _Bound(family, labels) if extra else family.labels(**labels)
+
+        self.tokens = counter("tokens_total", "Prompt tokens by what the relay did with them.", "kind")
+        self.declined = counter("declined_total", "Requests or chunks served without reuse, by reason.", "reason")
+        self.recomputed = counter("recomputed_tokens_total", "Reused tokens that the policy computed again.")
+        self.batches = counter("batches_total", "Prefill batches that went through the relay.")
+        self.fallbacks = counter("fallbacks_total", "Relay batches that ran on the stock path after a host failure.")
+
+
+@dataclass(frozen=True, slots=True)
+class _Bound:
+    """A counter family whose server labels are already given."""
+
+    family: Any
+    fixed: dict[str, str]
+
+    def labels(self, **extra: str) -> Any:
+        return self.family.labels(**self.fixed, **extra)
+
+
+def streamer_class(base: type) -> type:
+    """A SchedulerOutputStreamer that sends the report once per request instead of slicing it per token
+    (scheduler_components/output_streamer.py, ``is_request_level_customized_info_key``)."""
+
+    class RelayOutputStreamer(base):
+        __slots__ = ()
+
+        def is_request_level_customized_info_key(self, key: str) -> bool:
+            return key == REPORT_KEY or super().is_request_level_customized_info_key(key)
+
+    return RelayOutputStreamer

@@ -1,0 +1,106 @@
+"""What a request asks of the relay (``custom_params``), and the relay's state of one request."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from sglang_relay.config import POLICIES, RelayConfig
+from sglang_relay.engine.namespaces import Tenant
+from sglang_relay.plan import Candidate, Decline
+
+_MODES = ("on", "off", "exact")
+_DONATE = ("output", "all", "none")
+_KEYS = ("relay", "relay_policy", "relay_budget", "relay_donate", "relay_scope")
+
+
+@dataclass(frozen=True, slots=True)
+class Controls:
+    """Validated wishes of one request. mode: on, off or exact; donate: output, all or none; budget: share or None."""
+
+    mode: str
+    policy: str
+    budget: float | None
+    donate: str
+    scope: str | None
+
+    @property
+    def tier(self) -> str:
+        """Requests of one tier share a relay namespace: their KV is of one making."""
+        return self.policy if self.budget is None else f"{self.policy}@{self.budget:g}"
+
+
+def read_controls(params: Mapping[str, Any] | None, config: RelayConfig) -> Controls:
+    """Raises Decline("bad_custom_params") when a ``relay*`` parameter has a value that is not allowed."""
+    given = {k: v for k, v in (params or {}).items() if isinstance(k, str) and k.startswith("relay") and v is not None}
+    if unknown := sorted(set(given) - set(_KEYS)):
+        raise Decline("bad_custom_params", f"unknown {', '.join(unknown)}; allowed are {', '.join(_KEYS)}")
+    budget = given.get("relay_budget", config.budget)
+    if budget is not None and (isinstance(budget, bool) or not isinstance(budget, (int, float)) or not 0 < budget <= 1):
+        raise Decline("bad_custom_params", f"relay_budget={budget!r}: allowed is a share above 0 and at most 1")
+    scope = given.get("relay_scope")
+    if scope is not None and not (isinstance(scope, str) and 0 < len(scope) <= 256):
+        raise Decline("bad_custom_params", "relay_scope: allowed is a text of 1 to 256 characters")
+    mode = _choice(given, "relay", config.default, _MODES)
+    donate = _choice(given, "relay_donate", config.donate, _DONATE)
+    return Controls(
+        mode=mode,
+        policy=_choice(given, "relay_policy", config.policy, POLICIES),
+        budget=None if budget is None else float(budget),
+        donate="none" if mode == "off" else donate,
+        scope=scope,
+    )
+
+
+def _choice(given: Mapping[str, Any], key: str, default: str, allowed: tuple[str, ...]) -> str:
+    value = given.get(key, default)
+    if value not in allowed:
+        raise Decline("bad_custom_params", f"{key}={value!r}: allowed are {', '.join(allowed)}")
+    return value
+
+
+@dataclass(slots=True, eq=False)
+class RelayRequest:
+    """The relay's state of one request; lives on the Req as ``req.relay``.
+
+    declined: named reason why the request is served without reuse, None while it may relay.
+    pieces: disjoint runs of the prompt that donors hold, sorted, chosen at admission; ``pieces_version`` is the index
+    version they were chosen at, ``pieces_from`` the prefix length.
+    reached: end of the last chunk that was planned; a chunk that starts elsewhere begins a new attempt.
+    depth: approximation depth of the KV computed so far; 0 while it equals full prefill up to rounding.
+    report: the dict behind ``meta_info["relay"]``, updated in place.
+    """
+
+    controls: Controls
+    tenant: Tenant
+    epoch: int
+    report: dict[str, Any]
+    declined: str | None = None
+    pieces: list[Candidate] = field(default_factory=list)
+    pieces_version: int = -1
+    pieces_from: int = 0
+    reached: int = -1
+    depth: int = 0
+    fresh: list[tuple[int, int]] = field(default_factory=list)
+    """Prompt ranges computed (not copied) by this request, for donation under ``relay_donate: all``."""
+
+    @property
+    def relays(self) -> bool:
+        return self.declined is None
+
+
+def new_report(policy: str | None, declined: str | None) -> dict[str, Any]:
+    """``meta_info["relay"]``. exact: prefix hits and exact copies; relayed: donor KV used as it is; recomputed: reused
+    tokens that the policy computed again; fresh: the rest. The four add up to the prompt."""
+    return {
+        "exact": 0,
+        "relayed": 0,
+        "recomputed": 0,
+        "fresh": 0,
+        "segments": 0,
+        "policy": policy,
+        "depth": 0,
+        "declined": declined,
+        "match_ms": 0.0,
+    }

@@ -1,0 +1,32 @@
+"""The tree backend: SGLang's unified radix cache, which tells the relay what it publishes and when it is flushed."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
+
+if TYPE_CHECKING:
+    from sglang.srt.managers.schedule_batch import Req
+
+    from sglang_relay.engine.manager import RelayManager
+
+
+class RelayCache(UnifiedRadixCache):
+    """UnifiedRadixCache, unchanged in what it stores and owns.
+
+    ``checkpoint_into_tree`` is where finished outputs enter the tree (mem_cache/common.py, ``release_kv_cache``);
+    streaming sessions and retraction bypass it, so nothing of theirs is learnt.
+    """
+
+    relay: RelayManager | None = None
+
+    def checkpoint_into_tree(self, req: Req, *, up_to: int, **kwargs) -> None:
+        super().checkpoint_into_tree(req, up_to=up_to, **kwargs)
+        if self.relay is not None and req.finished():
+            self.relay.learn(req, up_to)
+
+    def reset(self) -> None:
+        super().reset()
+        if self.relay is not None:
+            self.relay.on_flush()

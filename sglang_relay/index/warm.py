@@ -1,0 +1,26 @@
+"""Compilation ahead of use."""
+
+import functools
+
+import numpy as np
+
+from .content import ContentIndex
+from .depth import DepthMap
+
+
+@functools.cache
+def warm_up() -> None:
+    """Compile every kernel of the index, or load it from numba's cache. Call before serving: seconds the first time on a
+    machine, then a fraction of one."""
+    path = np.arange(200, dtype=np.int32)
+    index = ContentIndex(base=257)
+    donor = index.learn("", None, path, 0, 200, 0)
+    index.learn("", None, path, 10, 200, 0)
+    assert donor is not None
+    index.match("", path)
+    index.path(donor, 200)
+    index.forget(donor)
+    index.check_integrity()
+    depths = DepthMap(257, 2)
+    depths.mark("", path, 0, 1)
+    depths.depth("", path, 200)

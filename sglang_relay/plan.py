@@ -1,0 +1,111 @@
+"""What a relayed prefill will do, decided on the host before anything is launched."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+
+
+class Decline(Exception):
+    """Relay is declined for a named reason; the request or batch is served by the stock path."""
+
+    def __init__(self, reason: str, detail: str = "") -> None:
+        super().__init__(f"{reason}: {detail}" if detail else reason)
+        self.reason = reason
+
+
+class Candidate(NamedTuple):
+    """A run of prompt tokens that some donor holds: prompt ``[start, stop)`` equals the donor's path from ``source``."""
+
+    start: int
+    stop: int
+    donor: int
+    source: int
+    depth: int
+
+    def clip(self, start: int, stop: int) -> Candidate:
+        """The part inside ``[start, stop)``; may be empty (``start >= stop``)."""
+        low = max(self.start, start)
+        return Candidate(low, min(self.stop, stop), self.donor, self.source + low - self.start, self.depth)
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """Prompt positions ``[start, stop)`` that receive donor KV.
+
+    slots: int64 [stop - start], the donor's KV slots, locked until the copy has been launched.
+    source: position of the first token in the donor's path. A segment with ``source == start`` whose donor is
+    exact (``depth == 0``) and that continues the exact prefix is a copy without approximation (``exact``).
+    end: where the whole segment ends in the prompt; beyond ``stop`` when a chunk cuts it.
+    """
+
+    start: int
+    stop: int
+    source: int
+    depth: int
+    slots: torch.Tensor
+    exact: bool
+    end: int
+
+    @property
+    def length(self) -> int:
+        return self.stop - self.start
+
+
+@dataclass(frozen=True, slots=True)
+class RelayPlan:
+    """One request in one chunk.
+
+    row: index of the request in the batch. Positions ``[prefix, stop)`` of the prompt are extended in this chunk;
+    ``segments`` are disjoint, sorted, inside ``[prefix, stop - 1)``: the chunk's last row stays fresh, because the
+    logits processor reads it.
+    """
+
+    row: int
+    prefix: int
+    stop: int
+    segments: tuple[Segment, ...]
+    budget: float | None
+
+    def check(self, pool_slots: int) -> None:
+        """Bounds-check everything a kernel will index with. Raises Decline("bad_plan")."""
+        at = self.prefix
+        for s in self.segments:
+            if not at <= s.start < s.stop <= self.stop - 1:
+                raise Decline("bad_plan", f"segment [{s.start}, {s.stop}) in chunk [{self.prefix}, {self.stop})")
+            if not (s.source >= 0 and s.end >= s.stop and s.slots.dtype == torch.int64 and s.slots.numel() == s.length):
+                raise Decline("bad_plan", f"segment [{s.start}, {s.stop}) has {s.slots.numel()} slots")
+            low, high = (int(v) for v in torch.aminmax(s.slots))
+            if low <= 0 or high >= pool_slots:
+                raise Decline("bad_plan", f"slots {low}..{high} outside (0, {pool_slots})")
+            at = s.stop
+
+    @property
+    def placed(self) -> int:
+        """Tokens that receive donor KV."""
+        return sum(s.length for s in self.segments)
+
+
+def cover(candidates: Iterable[Candidate], start: int, stop: int, min_length: int, limit: int) -> list[Candidate]:
+    """Choose disjoint pieces of ``candidates`` (best first) inside ``[start, stop)``, sorted by position.
+
+    A piece shorter than ``min_length`` is dropped; at most ``limit`` pieces are chosen.
+    """
+    free = [(start, stop)] if stop - start >= min_length else []
+    chosen: list[Candidate] = []
+    for candidate in candidates:
+        if not free or len(chosen) >= limit:
+            break
+        rest: list[tuple[int, int]] = []
+        for low, high in free:
+            piece = candidate.clip(low, high)
+            if piece.stop - piece.start < min_length or len(chosen) >= limit:
+                rest.append((low, high))
+                continue
+            chosen.append(piece)
+            rest.extend(gap for gap in ((low, piece.start), (piece.stop, high)) if gap[1] - gap[0] >= min_length)
+        free = rest
+    return sorted(chosen)
