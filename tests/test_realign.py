@@ -4,7 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sglang_relay_kernels.realign import realign
+from sglang_relay_kernels.realign import realign  # pyright: ignore[reportMissingImports]
 from torch import Tensor
 
 SLOTS = 1024

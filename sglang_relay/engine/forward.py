@@ -3,9 +3,10 @@
 Stages are calls of ``model.forward_split_prefill`` (models/llama.py and 12 more), not hooks on the layers. A hook that
 swaps rows has to replace the positions of every later layer, needs a special case after the last layer, stays
 installed while the server decodes, and when it does not fire nobody notices. A stage is a plain call with its own
-ForwardBatch; ``(L, L)`` runs the final norm and the logits alone. Between two calls the rows move through the residual
-stream's own export and hand-off, which complete an all-reduce that tensor parallelism may still owe. The price:
-models without the method are served stock, by name (``model_without_layer_split``).
+ForwardBatch; the one that ends with the last layer also runs the final norm and the logits, which read the last row of
+each request, fresh in every stage. Between two calls the rows move through the residual stream's own export and
+hand-off, which complete an all-reduce that tensor parallelism may still owe. The price: models without the method are
+served stock, by name (``model_without_layer_split``).
 """
 
 from __future__ import annotations
@@ -148,29 +149,34 @@ class StagedForward:
 
         Raises Decline("ranks_disagree") on every rank when the ranks selected different rows.
         """
-        policy, rows = self.policy, self.first[0]
-        stage = _Stage(self, rows, self.first[1], None)
+        policy = self.policy
         counts = [0] * len(self.plans)
-        if policy.whole == 0:
-            return stage.layers(0, self.layers), counts
-        stage.layers(0, policy.whole)
-        if policy.selects and policy.whole < self.layers:
-            selected, failure = None, None
-            try:
-                selected = self._select(counts)
-                planned = self._attention(selected) if policy.until > policy.whole else None
-            except Exception as error:
-                failure, planned = relay.failure("select", error), None
-            digest = 0 if selected is None else int(np.dot(selected, np.arange(1, len(selected) + 1)) & (1 << 62) - 1)
-            if not relay.consensus.agree(failure is None, digest):
-                raise Decline(failure or "ranks_disagree", "selected rows differ between ranks")
-            assert selected is not None
-            if planned is not None:
-                stage = _Stage(self, selected, planned, stage)
-                stage.layers(policy.whole, policy.until)
-        last = max(policy.whole, policy.until)
-        stage = _Stage(self, self.fresh, self._attention(self.fresh) if last < self.layers else None, stage)
-        return stage.layers(last, self.layers), counts
+        stage = _Stage(self, self.first[0], self.first[1], None)
+        done = policy.whole or self.layers
+        output = stage.layers(0, done)
+        if policy.selects and done < self.layers:
+            rows, attention = self._agree_on_rows(relay, counts)
+            if policy.until > done:
+                stage = _Stage(self, rows, attention, stage)
+                output = stage.layers(done, policy.until)
+                done = policy.until
+        if done < self.layers:
+            stage = _Stage(self, self.fresh, self._attention(self.fresh), stage)
+            output = stage.layers(done, self.layers)
+        return output, counts
+
+    def _agree_on_rows(self, relay: RelayManager, counts: list[int]) -> tuple[np.ndarray, Any]:
+        """The rows of the next stage and their attention plan, the same on every rank."""
+        rows, attention, failure = self.fresh, None, None
+        try:
+            rows = self._select(counts)
+            attention = self._attention(rows)
+        except Exception as error:
+            failure = relay.failure("select", error)
+        digest = int(np.dot(rows, np.arange(1, len(rows) + 1)) & ((1 << 62) - 1))
+        if not relay.consensus.agree(failure is None, digest):
+            raise Decline(failure or "ranks_disagree", "selected rows differ between ranks")
+        return rows, attention
 
     def _select(self, counts: list[int]) -> np.ndarray:
         """Rows active after the whole-segment stage: fresh ones and those the policy selects."""

@@ -54,6 +54,7 @@ def build_tree(ctx: TreeCacheBuildContext) -> Any:
     from sglang_relay.engine.namespaces import new_secret
     from sglang_relay.engine.report import Metrics
     from sglang_relay.engine.tree import RelayCache
+    from sglang_relay.index import warm_up
 
     config = load_config(os.environ)
     runner = ctx.tp_worker.model_runner
@@ -65,6 +66,7 @@ def build_tree(ctx: TreeCacheBuildContext) -> Any:
         raise ConfigError(f"radix_cache_backend={SHARED}: SGLang built a {type(tree).__name__} instead")
     consensus = Consensus(ctx.params.tp_cache_group)
     rotary = None if reasons else _rotary(runner, reasons)
+    warm_up()
     secret, base = consensus.broadcast((new_secret(), secrets.randbits(60) | 1))  # type: ignore[misc]
     relay = RelayManager(
         config,

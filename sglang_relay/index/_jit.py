@@ -21,9 +21,9 @@ def _source_digest() -> str:
 def kernel(function: Callable[..., Any]) -> Callable[..., Any]:
     """Compile `function` with numba on its first call, and keep the machine code on disk where a folder is writable.
 
-    Numba names a cache entry after the file that holds the function, and does not see that a kernel inlined from another
-    file has changed. The digest of the whole folder in the name makes such an entry unreachable: a server upgraded in
-    place must not run an old table layout against a new one.
+    Numba names a cache entry after the file that holds the function, and does not see that a kernel inlined from
+    another file has changed. The digest of the whole folder in the name makes such an entry unreachable: a server
+    upgraded in place must not run an old table layout against a new one.
     """
     function.__qualname__ = f"{function.__qualname__}_{_source_digest()}"
     try:

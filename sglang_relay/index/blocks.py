@@ -1,9 +1,9 @@
 """Token paths interned in shared, parent-linked, reference-counted blocks.
 
-A path is a chain of blocks of `BLOCK` tokens; only the last may be shorter. Equal prefixes of one tenant share their blocks,
-so siblings and the next turns of a conversation pay for what is new. A block is found by the hash of the whole prefix
-that ends with it and believed only when its parent, its length and its tokens are equal; hence, within a tenant, one path is one
-tail block. Tenants share nothing: what one of them stores must not change what another can keep.
+A path is a chain of blocks of `BLOCK` tokens; only the last may be shorter. Equal prefixes of one tenant share their
+blocks, so siblings and the next turns of a conversation pay for what is new. A block is found by the hash of the whole
+prefix that ends with it and believed only when its parent, its length and its tokens are equal; hence, within a tenant,
+one path is one tail block. Tenants share nothing: what one of them stores must not change what another can keep.
 """
 
 from typing import NamedTuple
@@ -24,7 +24,8 @@ _FREE, _FRESH, _LIVE = 0, 1, 2
 
 
 class Chain(NamedTuple):
-    """The longest interned prefix of a path: its last block (a negative root if there is none) and its number of blocks."""
+    """The longest interned prefix of a path: its last block (a negative root if there is none) and its number of
+    blocks."""
 
     tail: int
     blocks: int
@@ -194,8 +195,8 @@ class BlockPool:
         return Chain(*_find_chain(path, hashes, -1 - tenant, *arguments))
 
     def append(self, path: np.ndarray, hashes: np.ndarray, tenant: int, chain: Chain) -> int:
-        """Intern the rest of `path` behind `chain = find(path, ...)`, which the caller has held since. Returns the path's
-        tail, not yet held. The caller has seen to free blocks (`live`, `capacity`)."""
+        """Intern the rest of `path` behind `chain = find(path, ...)`, which the caller has held since. Returns the
+        path's tail, not yet held. The caller has seen to free blocks (`live`, `capacity`)."""
         before = self.live
         arguments = (self.table.keys, self.table.values, self.tokens, self.parents, self.lengths, self.references)
         tail = _append_chain(path, hashes, -1 - tenant, *chain, *arguments, self._hashed, self.state)
@@ -215,12 +216,13 @@ class BlockPool:
         self.table.count += self.live - before
 
     def read(self, tail: int, length: int, start: int, stop: int) -> np.ndarray:
-        """A copy of tokens `[start, stop)` of the path of `length` tokens that ends in `tail`; int32 `[stop - start]`."""
+        """A copy of tokens `[start, stop)` of the path of `length` tokens that ends in `tail`; int32 `[stop -
+        start]`."""
         return _read_path(tail, length, start, stop, self.tokens, self.parents)
 
     def check_integrity(self, held: dict[int, int]) -> None:
-        """`held` counts the holds per tail. Raises AssertionError unless every reference is accounted for, no block is both
-        free and used, and no two blocks stand for the same path."""
+        """`held` counts the holds per tail. Raises AssertionError unless every reference is accounted for, no block is
+        both free and used, and no two blocks stand for the same path."""
         fresh = int(self.state[_FRESH])
         free, block = set(), int(self.state[_FREE])
         while block >= 0:
@@ -244,7 +246,9 @@ class BlockPool:
         for tail, count in held.items():
             references[tail] += count
         for block, count in references.items():
-            assert count == self.references[block] > 0, f"block {block} has {self.references[block]} references, not {count}"
+            assert count == self.references[block] > 0, (
+                f"block {block} has {self.references[block]} references, not {count}"
+            )
         expected = sorted((int(self._hashed[block]), block) for block in used)
         assert sorted(self.table.entries()) == expected, "the table does not list the used blocks"
         self.table.check_integrity()

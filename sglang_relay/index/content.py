@@ -1,4 +1,5 @@
-"""The content index: learns what requests computed, and finds it again inside later prompts, wherever it stands there."""
+"""The content index: learns what requests computed, and finds it again inside later prompts, wherever it stands
+there."""
 
 from collections import Counter
 from collections.abc import Callable, Hashable
@@ -13,10 +14,11 @@ from .table import SLOT_BYTES, Table
 from .windows import BUCKET, PER_DONOR, add_windows, count_windows, remove_windows, unpack
 
 _TOKEN_LIMIT = 1 << 31
-# Shares of `max_bytes`, so that room for one more donor can always be made: blocks never take more than 3/4 and donor rows no more
-# than 1/8, and a donor whose windows and record need more than the last 1/8 is not learnt.
+# Shares of `max_bytes`, so that room for one more donor can always be made: blocks never take more than 3/4 and donor
+# rows no more than 1/8, and a donor whose windows and record need more than the last 1/8 is not learnt.
 _POOL_SHARE, _ROWS_SHARE, _DONOR_SHARE = 6 / 8, 1 / 8, 1 / 8
-# A structure grows by half while bytes are left, then by an eighth; smaller steps would copy a table at nearly every learn.
+# A structure grows by half while bytes are left, then by an eighth; smaller steps would copy a table at nearly every
+# learn.
 _STEPS = (2, 8)
 _UNLIMITED = 1 << 62
 _LEARNING = ("learnt", "refreshed", "oversized", "evictions", "forgotten", "shared_blocks", "displaced", "repeats")
@@ -31,15 +33,17 @@ def as_tokens(tokens: np.ndarray) -> np.ndarray:
 class ContentIndex:
     """Donor spans by content, for one server process. Not thread-safe: the scheduler's thread owns it.
 
-    Deterministic: what it answers and evicts is a function of the sequence of calls, the same in every process that makes the same
-    calls with the same `base` (eviction follows a logical clock; ids and hashes follow the calls and the base). `match` changes nothing.
+    Deterministic: what it answers and evicts is a function of the sequence of calls, the same in every process that
+    makes the same calls with the same `base` (eviction follows a logical clock; ids and hashes follow the calls and the
+    base). `match` changes nothing.
 
-    It knows token ids only. A donor's KV is looked up by path in the radix tree when it is used, and may be gone by then:
-    `forget` donors found dead, `touch` those that served.
+    It knows token ids only. A donor's KV is looked up by path in the radix tree when it is used, and may be gone by
+    then: `forget` donors found dead, `touch` those that served.
 
-    Parameters: `base`, of the rolling hash, secret and random (any integer is correct, a guessable one can be made slow);
-    `window` and `stride`, see windows.py; `min_run`, the shortest run worth reporting; `max_bytes`, bound on `nbytes`;
-    `max_runs`, bound on the runs of one match; `alternatives`, how many donors at most are offered for one piece of text.
+    Parameters: `base`, of the rolling hash, secret and random (any integer is correct, a guessable one can be made
+    slow); `window` and `stride`, see windows.py; `min_run`, the shortest run worth reporting; `max_bytes`, bound on
+    `nbytes`; `max_runs`, bound on the runs of one match; `alternatives`, how many donors at most are offered for one
+    piece of text.
     """
 
     def __init__(
@@ -74,8 +78,8 @@ class ContentIndex:
 
     @property
     def nbytes(self) -> int:
-        """Bytes held: token blocks, tables and donor records. The arrays that a match works with come on top while it runs
-        (about 12 bytes per prompt token), and so does the old table while a table grows."""
+        """Bytes held: token blocks, tables and donor records. The arrays that a match works with come on top while it
+        runs (32 bytes per prompt token), and so does the old table while a table grows."""
         return self._bytes_with(self._blocks.capacity, self._windows.capacity, self._donors.capacity, len(self))
 
     def _bytes_with(self, blocks: int, slots: int, rows: int, donors: int) -> int:
@@ -89,10 +93,11 @@ class ContentIndex:
     ) -> int | None:
         """Make tokens `[start, stop)` of `path` (int32 `[n]`, from the first token of the request on) a donor.
 
-        Returns the donor's id, greater than all before it; the id it has already if the same tenant's same span of the same path
-        in the same namespace is known (it becomes the most recently used, its depth the greater of the two, for the tree may hold
-        either's KV); None if the span is shorter than `min_run` or `window`, or too large for `max_bytes`. Least recently used donors
-        make room. Raises ValueError if the span is not inside the path or `depth` is negative.
+        Returns the donor's id, greater than all before it; the id it has already if the same tenant's same span of the
+        same path in the same namespace is known (it becomes the most recently used, its depth the greater of the two,
+        for the tree may hold either's KV); None if the span is shorter than `min_run` or `window`, or too large for
+        `max_bytes`. Least recently used donors make room. Raises ValueError if the span is not inside the path or
+        `depth` is negative.
         """
         if not 0 <= start <= stop <= len(path) < _TOKEN_LIMIT or depth < 0:
             raise ValueError(f"no span [{start}, {stop}) at depth {depth} in a path of {len(path)} tokens")
@@ -139,8 +144,8 @@ class ContentIndex:
         return rows and BlockPool.blocks_of(path) <= self._blocks_limit and record <= self.max_bytes * _DONOR_SHARE
 
     def _make_room(self, blocks: int, windows: int) -> None:
-        """See to free space for `blocks` blocks, `windows` table entries and one donor: by growing, and where that would break
-        the byte bound, by evicting."""
+        """See to free space for `blocks` blocks, `windows` table entries and one donor: by growing, and where that
+        would break the byte bound, by evicting."""
         while not self._grow(blocks, windows):
             slots, alone = Table.slots_for(self._windows.count + windows), not len(self)
             if self._windows.capacity > (slots if alone else 2 * slots):
@@ -157,14 +162,17 @@ class ContentIndex:
         if any(need > limit for need, limit in zip(needs, limits, strict=True)):
             return False
         for step in _STEPS if len(donors) else (*_STEPS, _UNLIMITED):
-            targets = [
+            room, slots, rows = (
                 size if need <= size else min(max(need, size + size // step), limit)
                 for need, size, limit in zip(needs, sizes, limits, strict=True)
-            ]
-            if self._bytes_with(*targets, len(donors) + 1) <= self.max_bytes:
-                for owner, size, target in zip((pool.grow, table.resize, donors.grow), sizes, targets, strict=True):
-                    if target > size:
-                        owner(target)
+            )
+            if self._bytes_with(room, slots, rows, len(donors) + 1) <= self.max_bytes:
+                if room > pool.capacity:
+                    pool.grow(room)
+                if slots > table.capacity:
+                    table.resize(slots)
+                if rows > donors.capacity:
+                    donors.grow(rows)
                 return True
         return False
 
@@ -183,12 +191,13 @@ class ContentIndex:
     def match(self, tenant: Hashable, prompt: np.ndarray, start: int = 0) -> list[Run]:
         """Maximal runs of `prompt[start:]` (int32 `[n]`) in `tenant`'s donor spans, each of at least `min_run` tokens.
 
-        Runs may overlap: for text that several donors hold the best few are given. Sorted by depth, then longest, then most recently used
-        donor, then start: meant to be resolved and covered greedily in this order. Every run is confirmed token by
-        token. A common stretch of at least `max(min_run, window + stride - 1)` tokens is found unless a bound cut it off (match.py for
-        one match, windows.py for what is stored; `stats` counts both). Time is linear in `n`.
+        Runs may overlap: for text that several donors hold the best few are given. Sorted by depth, then longest, then
+        most recently used donor, then start: meant to be resolved and covered greedily in this order. Every run is
+        confirmed token by token. A common stretch of at least `max(min_run, window + stride - 1)` tokens is found
+        unless a bound cut it off (match.py for one match, windows.py for what is stored; `stats` counts both). Time is
+        linear in `n`.
         """
-        if not 0 <= start:
+        if start < 0:
             raise ValueError(f"start={start} is negative")
         number = self._donors.tenants.get(tenant)
         if number is None or len(prompt) - start < max(self.min_run, self.window):
@@ -220,8 +229,8 @@ class ContentIndex:
         return self._donors.describe(donor)
 
     def path(self, donor: int, stop: int) -> np.ndarray:
-        """A copy of the first `stop` tokens of the donor's path, int32 `[stop]`: the key of its KV in the tree. KeyError if the
-        donor is gone, ValueError unless `0 <= stop <=` the end of its span."""
+        """A copy of the first `stop` tokens of the donor's path, int32 `[stop]`: the key of its KV in the tree.
+        KeyError if the donor is gone, ValueError unless `0 <= stop <=` the end of its span."""
         row = self._donors.rows[self._donors.slot(donor)]
         length = int(row[STOP])
         if not 0 <= stop <= length:
@@ -256,8 +265,8 @@ class ContentIndex:
 
     def stats(self) -> dict[str, int]:
         """Sizes now (`donors`, `blocks`, `windows`, `bytes`) and totals since construction: of learning (`learnt`,
-        `refreshed`, `oversized`, `evictions`, `forgotten`, `shared_blocks`, and windows left out as `displaced` or `repeats`, see
-        windows.py) and of matching (`matches`, and the fields of match.Work)."""
+        `refreshed`, `oversized`, `evictions`, `forgotten`, `shared_blocks`, and windows left out as `displaced` or
+        `repeats`, see windows.py) and of matching (`matches`, and the fields of match.Work)."""
         sizes = {"donors": len(self), "blocks": self._blocks.live, "windows": self._windows.count, "bytes": self.nbytes}
         return sizes | {name: self._counts[name] for name in _TOTALS}
 

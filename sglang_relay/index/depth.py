@@ -67,11 +67,11 @@ def _look_up(hashes, length, seed, keys, values, old_keys, old_values):
 class DepthMap:
     """Marks on token paths, keyed by namespace, position and the hash of the path up to and including that position.
 
-    Tokens are not stored: a hash collision can report a depth that is not there, which costs a reuse, never a depth too small.
-    Marks are kept in two generations of `max_entries / 2`: when the young one is full the old one is dropped and the young one becomes old;
-    a mark that is set or found again is young again. So a mark is forgotten only after at least `max_entries / 2` others were
-    set or found since its last use; choose `max_entries` above the number of requests whose KV the tree can hold at once.
-    Deterministic and not thread-safe, as ContentIndex.
+    Tokens are not stored: a hash collision can report a depth that is not there, which costs a reuse, never a depth too
+    small. Marks are kept in two generations of `max_entries / 2`: when the young one is full the old one is dropped and
+    the young one becomes old; a mark that is set or found again is young again. So a mark is forgotten only after at
+    least `max_entries / 2` others were set or found since its last use; choose `max_entries` above the number of
+    requests whose KV the tree can hold at once. Deterministic and not thread-safe, as ContentIndex.
     """
 
     def __init__(self, base: int, max_entries: int) -> None:
@@ -105,8 +105,8 @@ class DepthMap:
             self._put(np.uint64(_position_key(hashes, position, _namespace_seed(namespace))), depth)
 
     def depth(self, namespace: str | None, tokens: np.ndarray, length: int) -> int:
-        """The largest depth marked in `namespace` at a position below `length` of exactly this path, 0 if there is none.
-        Raises ValueError if `length` exceeds the path: marks beyond the known tokens would be missed."""
+        """The largest depth marked in `namespace` at a position below `length` of exactly this path, 0 if there is
+        none. Raises ValueError if `length` exceeds the path: marks beyond the known tokens would be missed."""
         if not 0 <= length <= len(tokens):
             raise ValueError(f"length={length} is outside a path of {len(tokens)} tokens")
         if not len(self):

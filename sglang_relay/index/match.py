@@ -1,14 +1,14 @@
 """Maximal runs of a prompt's tokens inside donor spans.
 
-Every window of the prompt is looked up; a hit is a proposal, a diagonal (donor position minus prompt position) on which the
-tokens themselves are then compared, to the right and to the left, up to the span's and the prompt's ends.
+Every window of the prompt is looked up; a hit is a proposal, a diagonal (donor position minus prompt position) on which
+the tokens themselves are then compared, to the right and to the left, up to the span's and the prompt's ends.
 
 Bounds, for a prompt of n tokens, whatever the tokens are (`BUCKET`, `CROWD`, `BURST` are constants of the code):
 - proposals: at most `BUCKET * n`; one on a diagonal that a run already covers there costs no comparison;
 - a donor already matched on `CROWD` diagonals at a prompt position is not tried on a further one there (periodic text);
-- token comparisons (and blocks walked to list a donor's span): at most `(BUCKET + 1) * n + BURST`. The allowance grows by `BUCKET` per prompt
-  token on top of `BURST`, so text that burns it early delays, and does not prevent, what comes later in the prompt.
-What is left out for these reasons is counted (`crowded`, `starved`).
+- token comparisons (and blocks walked to list a donor's span): at most `(BUCKET + 1) * n + BURST`. The allowance grows
+  by `BUCKET` per prompt token on top of `BURST`, so text that burns it early delays, and does not prevent, what comes
+  later in the prompt. What is left out for these reasons is counted (`crowded`, `starved`).
 """
 
 from typing import NamedTuple
@@ -22,7 +22,7 @@ from .spans import DEPTH, HEAD, ID, LISTED, START, STOP, TAIL, TENANT, USED
 from .table import home, prefetch
 from .windows import BUCKET, unpack
 
-CROWD = 4
+CROWD = 2
 BURST = 1 << 16
 
 _AHEAD = 16  # lookups between the request for a table slot and its use
@@ -33,7 +33,8 @@ _BEGIN, _END, _SOURCE, _SLOT, _NEXT = range(5)
 
 
 class Run(NamedTuple):
-    """Prompt tokens `[start, stop)` equal path tokens `[source, source + stop - start)` of donor `donor`, of that depth."""
+    """Prompt tokens `[start, stop)` equal path tokens `[source, source + stop - start)` of donor `donor`, of that
+    depth."""
 
     start: int
     stop: int
@@ -43,9 +44,9 @@ class Run(NamedTuple):
 
 
 class Work(NamedTuple):
-    """Operations of one match. `probed`: table slots read; `proposals`: entries with a window's hash; `compared`: tokens
-    compared and blocks walked; `confirmed`: runs found; `refuted`: proposals whose tokens differ within the window;
-    `crowded`, `starved`: proposals not tried, see the module's bounds."""
+    """Operations of one match. `probed`: table slots read; `proposals`: entries with a window's hash; `compared`:
+    tokens compared and blocks walked; `confirmed`: runs found; `refuted`: proposals whose tokens differ within the
+    window; `crowded`, `starved`: proposals not tried, see the module's bounds."""
 
     probed: int
     proposals: int
@@ -58,10 +59,14 @@ class Work(NamedTuple):
 
 @kernel
 def _equal_right(prompt, at, limit, tokens, blocks, offset, source):
-    """Length of the common run of `prompt[at:]` and the span from `source` on, at most `limit`. `source` counts from the first
-    token of block `blocks[offset]`."""
+    """Length of the common run of `prompt[at:]` and the span from `source` on, at most `limit`. `source` counts from
+    the first token of block `blocks[offset]`."""
     length = 0
-    while length < limit and prompt[at + length] == tokens[blocks[offset + ((source + length) >> _SHIFT)], (source + length) & (BLOCK - 1)]:
+    while (
+        length < limit
+        and prompt[at + length]
+        == tokens[blocks[offset + ((source + length) >> _SHIFT)], (source + length) & (BLOCK - 1)]
+    ):
         length += 1
     return length
 
@@ -89,8 +94,8 @@ def _grown(array, needed):
 
 @kernel
 def _find_hits(hashes, start, window, factor, seed, keys):
-    """Look up all windows from `start` on. Returns the prompt positions that have an entry, the table slot of the first entry
-    of each, and the number of slots read."""
+    """Look up all windows from `start` on. Returns the prompt positions that have an entry, the table slot of the first
+    entry of each, and the number of slots read."""
     capacity = len(keys)
     size = max(len(hashes) - window - start, 0)
     sought = np.empty(size, np.uint64)
@@ -100,7 +105,7 @@ def _find_hits(hashes, start, window, factor, seed, keys):
     hits, probed = 0, 0
     for i in range(size):
         if i + _AHEAD < size:
-            prefetch(keys, home(sought[i + _AHEAD], capacity))
+            prefetch(keys, home(sought[i + _AHEAD], capacity))  # pyright: ignore[reportCallIssue]
         place = home(sought[i], capacity)
         while keys[place] != _EMPTY:
             probed += 1
@@ -122,7 +127,8 @@ def _find_runs(prompt, hashes, start, window, min_run, factor, seed, tenant, key
     met = np.empty(64, np.int64)
     found, listed, donors = 0, 0, 0
     proposals, compared, refuted, crowded, starved = 0, 0, 0, 0, 0
-    for at, place in zip(positions, places):  # noqa: B905 (numba knows no strict)
+    for i in range(len(positions)):
+        at, place = positions[i], places[i]
         allowance = BURST + BUCKET * (at - start + 1)
         key = keys[place]
         while keys[place] != _EMPTY:
@@ -136,7 +142,8 @@ def _find_runs(prompt, hashes, start, window, min_run, factor, seed, tenant, key
             if rows[slot, TENANT] != tenant:
                 continue
             proposals += 1
-            # The donor's runs that reach beyond this position, through HEAD and _NEXT; the others are unlinked on the way.
+            # The donor's runs that reach beyond this position, through HEAD and _NEXT; the others are unlinked on the
+            # way.
             active, covered = 0, False
             before, run = -1, rows[slot, HEAD]
             while run >= 0:
@@ -199,8 +206,8 @@ def _find_runs(prompt, hashes, start, window, min_run, factor, seed, tenant, key
 
 @kernel
 def _choose(starts, stops, slots, max_runs, alternatives):
-    """Mark which of the ranked runs to keep: first those that no better kept run contains, then the others while fewer than
-    `alternatives` better kept runs contain them, none of the same donor."""
+    """Mark which of the ranked runs to keep: first those that no better kept run contains, then the others while fewer
+    than `alternatives` better kept runs contain them, none of the same donor."""
     size = len(starts)
     keep = np.zeros(size, np.bool_)
     kept = np.empty(max_runs, np.int64)
@@ -240,11 +247,12 @@ def find_runs(
     tokens: np.ndarray,
     parents: np.ndarray,
 ) -> tuple[np.ndarray, Work]:
-    """All maximal runs of at least `min_run` tokens of `prompt[start:]` in `tenant`'s spans, within the module's bounds.
+    """All maximal runs of at least `min_run` tokens of `prompt[start:]` in `tenant`'s spans, within the module's
+    bounds.
 
-    prompt: int32 `[n]`, hashes: its `prefix_hashes`; seed: of the tenant's window keys; keys, values: the window table; rows: the
-    donor rows, whose scratch columns are restored; tokens, parents: the block pool. Returns int64 `[runs, 5]` (first prompt
-    position, last plus one, source position, donor row, scratch) in no useful order, and the work done.
+    prompt: int32 `[n]`, hashes: its `prefix_hashes`; seed: of the tenant's window keys; keys, values: the window table;
+    rows: the donor rows, whose scratch columns are restored; tokens, parents: the block pool. Returns int64 `[runs, 5]`
+    (first prompt position, last plus one, source position, donor row, scratch) in no useful order, and the work done.
     """
     arguments = (window, min_run, factor, seed, tenant, keys, values, rows, tokens, parents)
     runs, work = _find_runs(prompt, hashes, start, *arguments)
@@ -252,9 +260,9 @@ def find_runs(
 
 
 def rank(runs: np.ndarray, rows: np.ndarray, max_runs: int, alternatives: int) -> list[Run]:
-    """Order the runs of `find_runs` (shallowest depth first, then longest, then most recently used donor, then start, then
-    source) and keep at most `max_runs`: text covered by one donor before second choices for text already covered, and of
-    these at most `alternatives` per piece of text."""
+    """Order the runs of `find_runs` (shallowest depth first, then longest, then most recently used donor, then start,
+    then source) and keep at most `max_runs`: text covered by one donor before second choices for text already covered,
+    and of these at most `alternatives` per piece of text."""
     donors = rows[runs[:, _SLOT]]
     keys = (runs[:, _SOURCE], runs[:, _BEGIN], -donors[:, USED], runs[:, _BEGIN] - runs[:, _END], donors[:, DEPTH])
     order = np.lexsort(keys)

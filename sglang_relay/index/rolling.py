@@ -1,9 +1,10 @@
 """Polynomial hashes of token windows and token prefixes, exact modulo the Mersenne prime 2^61 - 1.
 
-With the tokens of a path written t[0], t[1], ... the prefix hash is P[0] = 0, P[i + 1] = P[i] * base + (uint32(t[i]) + 1),
-and the hash of the window [i, i + w) is P[i + w] - P[i] * base^w: it depends on the window's tokens alone, so a window
-hashes alike wherever it stands. For a base drawn at random two different windows collide with probability at most
-w / 2^61 (Karp and Rabin 1987), whoever chose the tokens. A hash only proposes: callers compare tokens before they believe.
+With the tokens of a path written t[0], t[1], ... the prefix hash is P[0] = 0, P[i + 1] = P[i] * base + (uint32(t[i]) +
+1), and the hash of the window [i, i + w) is P[i + w] - P[i] * base^w: it depends on the window's tokens alone, so a
+window hashes alike wherever it stands. For a base drawn at random two different windows collide with probability at
+most w / 2^61 (Karp and Rabin 1987), whoever chose the tokens. A hash only proposes: callers compare tokens before they
+believe.
 """
 
 import numpy as np
@@ -24,8 +25,8 @@ _MIX_A, _MIX_B = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
 def multiply(a: np.uint64, b: np.uint64) -> np.uint64:
     """`a * b mod 2^61 - 1` for `a, b < 2^61 - 1`.
 
-    Numba has no 128-bit integers, so the product is taken in halves of 30 and 31 bits; 2^61 = 1 folds the high parts down,
-    and the sum stays below 2^63 + 2^33.
+    Numba has no 128-bit integers, so the product is taken in halves of 30 and 31 bits; 2^61 = 1 folds the high parts
+    down, and the sum stays below 2^63 + 2^33.
     """
     high_a, low_a = a >> _U31, a & _LOW31
     high_b, low_b = b >> _U31, b & _LOW31

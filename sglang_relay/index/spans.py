@@ -1,6 +1,6 @@
-"""Donor records: whose text it is, which span of which interned path, how deep, how recently used; and their eviction order."""
+"""Donor records: whose text it is, which span of which interned path, how deep, how recently used; and their eviction
+order."""
 
-import sys
 from collections import Counter, OrderedDict
 from collections.abc import Hashable, Iterator
 from dataclasses import dataclass
@@ -16,11 +16,13 @@ ROW_BYTES = COLUMNS * 8
 # What the dictionaries hold per donor besides its row: two entries, a key of four integers, the id.
 RECORD_BYTES = 512
 _NAME_BYTES = 256
+_OBJECT_BYTES = 64
 
 
 @dataclass(frozen=True, slots=True)
 class Donor:
-    """A reusable span: tokens `[start, stop)` of a path computed in `namespace`, at approximation `depth` (0: exact context)."""
+    """A reusable span: tokens `[start, stop)` of a path computed in `namespace`, at approximation `depth` (0: exact
+    context)."""
 
     tenant: Hashable
     namespace: str | None
@@ -30,14 +32,20 @@ class Donor:
 
 
 def _size(name: object) -> int:
-    """Bytes that a tenant or namespace key keeps alive; the same in every process. Clients choose some of these strings."""
+    """Bytes a tenant or namespace key keeps alive, for the larger part; clients choose some of these strings. Not
+    `sys.getsizeof`, whose answer for one string changes when its UTF-8 form is cached: the books would drift."""
+    if isinstance(name, str):
+        return len(name.encode("utf-8", "surrogatepass"))
+    if isinstance(name, bytes):
+        return len(name)
     if isinstance(name, tuple | frozenset):
-        return sys.getsizeof(name) + sum(_size(part) for part in name)
-    return sys.getsizeof(name)
+        return sum(_OBJECT_BYTES + _size(part) for part in name)
+    return 0
 
 
 class Names:
-    """Small integers for hashable names, reference-counted and reused. Assigned in call order, so alike in all processes."""
+    """Small integers for hashable names, reference-counted and reused. Assigned in call order, so alike in all
+    processes."""
 
     def __init__(self) -> None:
         self._ids: dict[Hashable, int] = {}
@@ -143,7 +151,8 @@ class DonorRecords:
         return self._same.get((namespace, tail, start, stop))
 
     def add(self, tenant: int, namespace: int, start: int, stop: int, depth: int, tail: int) -> int:
-        """Record a donor, most recently used; it takes over the caller's holds on both names and the tail. Returns its id."""
+        """Record a donor, most recently used; it takes over the caller's holds on both names and the tail. Returns its
+        id."""
         if self._free:
             slot = self._free.pop()
         else:
@@ -190,7 +199,10 @@ class DonorRecords:
         assert (self.rows[:, (HEAD, LISTED)] == -1).all(), "a match left its scratch behind"
         dead = np.setdiff1d(np.arange(self.capacity), live)
         assert (self.rows[dead] == -1).all()
-        keys = {tuple(self.rows[slot, [NAMESPACE, TAIL, START, STOP]].tolist()): donor for donor, slot in self._slots.items()}
+        keys = {
+            tuple(self.rows[slot, [NAMESPACE, TAIL, START, STOP]].tolist()): donor
+            for donor, slot in self._slots.items()
+        }
         assert keys == self._same
         self.tenants.check_integrity(Counter(self.rows[live, TENANT].tolist()))
         self.namespaces.check_integrity(Counter(self.rows[live, NAMESPACE].tolist()))

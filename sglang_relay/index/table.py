@@ -1,8 +1,8 @@
 """An open-addressing multimap from 64-bit keys to 64-bit values, in two numpy arrays that kernels can use directly.
 
-Linear probing from a slot that is monotone in the key's upper half, so any capacity works, not only powers of two; key 0
-marks an empty slot. Deletion moves later entries back instead of leaving tombstones: a table that has seen many evictions
-probes as fast as a new one.
+Linear probing from a slot that is monotone in the key's upper half, so any capacity works, not only powers of two; key
+0 marks an empty slot. Deletion moves later entries back instead of leaving tombstones: a table that has seen many
+evictions probes as fast as a new one.
 """
 
 import numpy as np
@@ -22,13 +22,13 @@ _EMPTY = np.uint64(0)
 @kernel
 def home(key: np.uint64, capacity: int) -> int:
     """The slot where probing for `key` begins."""
-    return np.int64(((key >> _U32) * np.uint64(capacity)) >> _U32)
+    return np.int64(((key >> _U32) * np.uint64(capacity)) >> _U32)  # pyright: ignore[reportReturnType]
 
 
 @intrinsic
 def prefetch(typingctx, array, at):  # numba hands in the types; called in kernels as prefetch(array, at)
-    """Ask the processor to load `array[at]` (1-d) into its cache. Lookups of unrelated keys in a table beyond the cache's size are
-    several times faster when asked for some steps ahead."""
+    """Ask the processor to load `array[at]` (1-d) into its cache. Lookups of unrelated keys in a table beyond the
+    cache's size are several times faster when asked for some steps ahead."""
 
     def generate(context, builder, signature, arguments):
         byte, word = ir.IntType(8).as_pointer(), ir.IntType(32)
@@ -77,7 +77,8 @@ def remove(keys: np.ndarray, values: np.ndarray, key: np.uint64, value: int) -> 
         at = at + 1 if at + 1 < capacity else 0
         if keys[at] == _EMPTY:
             break
-        # An entry may move into the hole only if its probe sequence passes there; otherwise it would become unreachable.
+        # An entry may move into the hole only if its probe sequence passes there; otherwise it would become
+        # unreachable.
         travelled = at - home(keys[at], capacity)
         distance = at - hole
         if travelled < 0:
@@ -100,8 +101,8 @@ def _copy_entries(keys: np.ndarray, values: np.ndarray, new_keys: np.ndarray, ne
 
 
 class Table:
-    """Owner of one multimap's arrays. Kernels that add or remove entries report the difference, and the owner adds it to
-    `count`.
+    """Owner of one multimap's arrays. Kernels that add or remove entries report the difference, and the owner adds it
+    to `count`.
 
     keys: uint64 `[capacity]`, values: int64 `[capacity]`.
     """
@@ -113,7 +114,8 @@ class Table:
 
     @staticmethod
     def slots_for(entries: int) -> int:
-        """Least capacity for `entries`: at most 5/8 full, where a search for an absent key reads four slots on average."""
+        """Least capacity for `entries`: at most 5/8 full, where a search for an absent key reads four slots on
+        average."""
         return max(MINIMUM, -(-entries * 8 // 5))
 
     @property
@@ -142,7 +144,8 @@ class Table:
         return list(zip(self.keys[full].tolist(), self.values[full].tolist(), strict=True))
 
     def check_integrity(self) -> None:
-        """Raises AssertionError if the count is off, the table is overfull, or an entry cannot be reached from its home."""
+        """Raises AssertionError if the count is off, the table is overfull, or an entry cannot be reached from its
+        home."""
         entries = self.entries()
         assert len(entries) == self.count, (len(entries), self.count)
         assert self.slots_for(self.count) <= self.capacity, (self.count, self.capacity)

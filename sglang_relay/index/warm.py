@@ -10,8 +10,8 @@ from .depth import DepthMap
 
 @functools.cache
 def warm_up() -> None:
-    """Compile every kernel of the index, or load it from numba's cache. Call before serving: seconds the first time on a
-    machine, then a fraction of one."""
+    """Compile every kernel of the index, or load it from numba's cache. Call before serving: seconds the first time on
+    a machine, then a fraction of one."""
     path = np.arange(200, dtype=np.int32)
     index = ContentIndex(base=257)
     donor = index.learn("", None, path, 0, 200, 0)

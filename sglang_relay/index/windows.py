@@ -1,12 +1,12 @@
 """The window table: which donor holds a window with this hash, and where.
 
-A span is represented by its windows at multiples of the stride, and one that ends at its end. A stretch of text common to prompt
-and span of `window + stride - 1` tokens or more contains such a window whole, so looking up every window of the prompt
-finds it, at whatever offset it stands.
+A span is represented by its windows at multiples of the stride, and one that ends at its end. A stretch of text common
+to prompt and span of `window + stride - 1` tokens or more contains such a window whole, so looking up every window of
+the prompt finds it, at whatever offset it stands.
 
-Popular windows are bounded, so that no lookup costs more than `BUCKET` proposals: at most `BUCKET` entries per hash, and
-`PER_DONOR` of them from one donor (periodic text). A newcomer displaces the deepest donor's entry, among equals the least
-recently used: fresh text is always found, and exact donors are not crowded out by their own copies.
+Popular windows are bounded, so that no lookup costs more than `BUCKET` proposals: at most `BUCKET` entries per hash,
+and `PER_DONOR` of them from one donor (periodic text). A newcomer displaces the deepest donor's entry, among equals the
+least recently used: fresh text is always found, and exact donors are not crowded out by their own copies.
 """
 
 import numpy as np
@@ -44,11 +44,12 @@ def count_windows(length: int, window: int, stride: int) -> int:
 
 @kernel
 def add_windows(hashes, start, window, stride, factor, seed, slot, keys, values, rows):
-    """Enter the windows of the span of `n` tokens whose prefix hashes are `hashes` (uint64 `[n + 1]`, counted from anywhere)
-    and whose first token has path position `start`. `rows` are the donor rows; the table has room for all windows.
+    """Enter the windows of the span of `n` tokens whose prefix hashes are `hashes` (uint64 `[n + 1]`, counted from
+    anywhere) and whose first token has path position `start`. `rows` are the donor rows; the table has room for all
+    windows.
 
-    Returns `(added, displaced, repeats)`: entries that the table gained, entries of other donors that gave way, windows left out
-    because this donor has `PER_DONOR` with their hash already."""
+    Returns `(added, displaced, repeats)`: entries that the table gained, entries of other donors that gave way, windows
+    left out because this donor has `PER_DONOR` with their hash already."""
     length = len(hashes) - 1
     capacity = len(keys)
     added, displaced, repeats = 0, 0, 0
