@@ -16,10 +16,8 @@ import shutil
 import statistics
 import sys
 import textwrap
-import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -50,27 +48,35 @@ class Role:
 
 
 ROLES = (
-    Role("planner", "You are a planner. You turn an idea into steps that people can follow.", "Write the plan."),
+    Role(
+        "planner",
+        "You are a planner. You turn an idea into steps that people can follow.",
+        "Write the plan, step by step.",
+    ),
     Role(
         "treasurer",
         "You are the treasurer of a town council. You care about what things cost and who pays for them.",
-        "Go through this plan and say what each part costs.",
+        "Write a budget for this plan: what does each step cost?",
     ),
     Role(
         "reviewer",
         "You are a careful reviewer. You look for what was forgotten and for what contradicts itself.",
-        "Review the plan and the budget together, and say what to change.",
+        "Write your review: what was forgotten, and what should be changed?",
     ),
 )
 
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """One streamed answer; ``ttft_ms`` is from sending the request to its first piece of text."""
+    """One streamed answer; ``ttft_ms`` is from sending the request to its first piece of text.
+
+    ``report`` says how the prompt was served: ``sglext.relay`` of the stream's first chunk.
+    """
 
     text: str
     tokens: int
     ttft_ms: float
+    report: dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,24 +128,33 @@ class Chain:
         return params
 
     def stream(
-        self, messages: list[dict[str, str]], relay: str, max_tokens: int, on_piece: Callable[[], object]
+        self,
+        messages: list[dict[str, str]],
+        relay: str,
+        max_tokens: int,
+        on_piece: Callable[[], object] = lambda: None,
     ) -> Answer:
         """One greedy streamed request of exactly ``max_tokens`` tokens."""
         start = time.perf_counter()
         first: float | None = None
+        report: dict[str, Any] | None = None
         pieces: list[str] = []
         tokens = 0
         chunks: Any = self.client.chat.completions.create(
             model=self.model,
             messages=messages,  # type: ignore[arg-type]
             temperature=0,
-            frequency_penalty=0.4,  # a model this small repeats itself without it
             max_tokens=max_tokens,
             stream=True,
             stream_options={"include_usage": True},
-            extra_body={"min_tokens": max_tokens, "custom_params": self.custom_params(relay)},
+            extra_body={
+                "min_tokens": max_tokens,
+                "repetition_penalty": 1.1,  # a model as small as the default one repeats itself without it
+                "custom_params": self.custom_params(relay),
+            },
         )
         for chunk in chunks:
+            report = report or (getattr(chunk, "sglext", None) or {}).get("relay")
             if chunk.usage is not None:
                 tokens = chunk.usage.completion_tokens
             if chunk.choices and chunk.choices[0].delta.content:
@@ -148,39 +163,27 @@ class Chain:
                 on_piece()
         # A token that is half a character gives no text of its own; then the end of the stream is the first sign of it.
         first = first if first is not None else time.perf_counter()
-        return Answer("".join(pieces), tokens, (first - start) * 1e3)
-
-    def report(self, messages: list[dict[str, str]], relay: str = "on") -> dict[str, Any]:
-        """How a prompt was served. Asked for without streaming: SGLang's chat streams carry no ``meta_info``."""
-        answer: Any = self.client.chat.completions.create(
-            model=self.model,
-            messages=messages,  # type: ignore[arg-type]
-            temperature=0,
-            max_tokens=1,
-            extra_body={"return_meta_info": True, "custom_params": self.custom_params(relay)},
-        )
-        report = answer.choices[0].meta_info.get("relay")
         if report is None:
             fail("this server does not run the relay extension: start it with --radix-cache-backend relay")
-        return report
+        return Answer("".join(pieces), tokens, (first - start) * 1e3, report)
 
     def run(self, role: Role) -> AgentResult:
         """Time the agent on both paths, let it write on both, and hand the relayed text on."""
         say(f"{role.name}: timing {self.args.repeats} prompts on each path")
-        ttft: dict[str, list[float]] = {"on": [], "off": []}
+        timed: dict[str, list[float]] = {"on": [], "off": []}
         for _ in range(self.args.repeats):
             messages = self.prompt(role)
-            for relay, times in ttft.items():
-                times.append(self.stream(messages, relay, 1, lambda: None).ttft_ms)
-        report = self.report(self.prompt(role))
+            for relay, times in timed.items():
+                times.append(self.stream(messages, relay, 1).ttft_ms)
         relayed, exact = self._write(role)
+        report = relayed.report
         decoded = sum(answer.tokens for _, answer in self.written)
         matched = report["relayed"] + report["recomputed"]
         self.written.append((role, relayed))
         return AgentResult(
             name=role.name,
-            ttft_ms_exact=statistics.median(ttft["off"]),
-            ttft_ms_relay=statistics.median(ttft["on"]),
+            ttft_ms_exact=statistics.median(timed["off"]),
+            ttft_ms_relay=statistics.median(timed["on"]),
             **{key: report[key] for key in ("exact", "relayed", "recomputed", "fresh", "segments", "declined")},
             matched_share=matched / decoded if decoded else None,
             answer_exact=exact.text,
@@ -188,25 +191,11 @@ class Chain:
         )
 
     def _write(self, role: Role) -> tuple[Answer, Answer]:
-        """The agent's whole answer, relayed and exact, decoded side by side."""
+        """The agent's whole answer, relayed and exact, one after the other: batched together they would round apart."""
         messages = self.prompt(role)
-        started = threading.Event()
-        bar = tqdm(total=2 * self.args.max_tokens, desc=f"{role.name}: writing", unit="token", file=sys.stderr)
-
-        def write(relay: str) -> Answer:
-            def advance() -> None:
-                started.set()
-                bar.update()
-
-            return self.stream(messages, relay, self.args.max_tokens, advance)
-
-        with bar, ThreadPoolExecutor(2) as pool:
-            relayed = pool.submit(write, "on")
-            relayed.add_done_callback(lambda _: started.set())
-            # The relayed prompt is in the cache before the exact one, which it could see, is computed.
-            started.wait()
-            exact = pool.submit(write, "off")
-            return relayed.result(), exact.result()
+        tokens = self.args.max_tokens
+        with tqdm(total=2 * tokens, desc=f"{role.name}: writing", unit="token", file=sys.stderr) as bar:
+            return self.stream(messages, "on", tokens, bar.update), self.stream(messages, "off", tokens, bar.update)
 
 
 def print_answers(results: list[AgentResult], lines: int) -> None:
@@ -267,9 +256,8 @@ def main() -> None:
     with server(args) as url:
         try:
             chain = Chain(url, args)
-            # Also the warm-up of both paths.
-            for relay in ("on", "off"):
-                chain.report(chain.prompt(ROLES[0]), relay)
+            for relay in ("on", "off"):  # the first request of a kind is slow: it is not timed
+                chain.stream(chain.prompt(ROLES[0]), relay, 1)
             results = [chain.run(role) for role in ROLES]
         except APIError as error:
             fail(f"the server did not serve a request: {error}")

@@ -210,7 +210,7 @@ def _read_file(path: Path) -> dict[str, Any]:
         content = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"{CONFIG_ENV}={path}: the file cannot be read ({error.strerror})") from error
-    except json.JSONDecodeError as error:
+    except ValueError as error:  # no JSON, or no UTF-8
         raise ConfigError(f"{CONFIG_ENV}={path}: not JSON ({error})") from error
     if not isinstance(content, dict):
         raise ConfigError(f"{CONFIG_ENV}={path}: allowed is a JSON object of settings")

@@ -6,6 +6,9 @@ from typing import TYPE_CHECKING, Any
 
 from sglang.srt.managers.schedule_policy import AddReqResult
 
+from sglang_relay.engine.accounting import chunk_end
+from sglang_relay.engine.matching import computed_tokens, reachable
+
 if TYPE_CHECKING:
     from sglang.srt.managers.schedule_batch import Req
     from sglang.srt.managers.schedule_policy import PrefillAdder
@@ -45,13 +48,14 @@ class _Budget:
     """Widens an adder's compute budgets to the tokens they can reach, then charges what was really taken."""
 
     def __init__(self, adder: Any, req: Req, state: RelayRequest, relay: RelayManager) -> None:
-        self._adder, self._req, self._state, self._relay = adder, req, state, relay
+        self._adder, self._req, self._pieces = adder, req, state.pieces
+        self._share = relay.policy_of(state).expected_share()
         self._chunk, self._input = adder.rem_chunk_tokens, adder.rem_input_tokens
         self._admitted = len(adder.can_run_list)
-        self._start = req.prefix_len
         if self._chunk is not None and self._chunk > 0:
-            end = relay.reach(req, state, self._start, len(req.full_untruncated_fill_ids), self._chunk)
-            wide = max(self._chunk, adder.ceil_paged_tokens(end - self._start))
+            start, stop = req.prefix_len, len(req.full_untruncated_fill_ids)
+            end = reachable(state.pieces, self._share, start, stop, self._chunk)
+            wide = max(self._chunk, adder.ceil_paged_tokens(end - start))
             # A continuing chunk must fit: SGLang falls back to the whole chunk budget when memory is short.
             if wide < adder.rem_total_tokens:
                 adder.rem_chunk_tokens = wide
@@ -62,7 +66,7 @@ class _Budget:
         admitted = len(adder.can_run_list) > self._admitted and adder.can_run_list[-1] is req
         cost = 0
         if admitted:
-            cost = self._relay.computed(req, self._state, req.prefix_len, req.extend_end)
+            cost = computed_tokens(self._pieces, self._share, req.prefix_len, chunk_end(req))
             if not adder.exact_chunk_fill:
                 cost = adder.ceil_paged_tokens(cost)
         if self._chunk is not None:

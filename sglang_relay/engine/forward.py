@@ -24,7 +24,7 @@ from sglang.srt.model_executor.forward_batch_info import ForwardMode
 from sglang.srt.model_executor.forward_context import ForwardContext, forward_context
 from sglang.srt.model_executor.model_runner import ModelRunnerOutput
 from sglang.srt.runtime_context import get_model, get_parallel
-from sglang_relay_kernels.realign import realign
+from sglang_relay_kernels.realign import realign  # pyright: ignore[reportMissingImports]
 
 from sglang_relay.attention import Sequence, plan_attention
 from sglang_relay.engine.backend import DeviationProbe, RelayAttentionBackend
@@ -264,13 +264,16 @@ class _Stage:
         """Move the rows that stay (sglang/srt/layers/layer_boundary/residual/stream.py). Both tensors are copied:
         the fused add + norm of the next layer writes the residual in place."""
         stream = residual_batch.stream_of(before.batch)
-        if stream.pending is None or not stream.pending.update.is_plain_add:
+        update = None if stream.pending is None else stream.pending.update
+        if update is None or not update.is_plain_add:
             raise NotImplementedError("residual stream is not a plain addition")
         hidden, residual = stream.export(before.batch.hidden_states)
+        assert isinstance(hidden, torch.Tensor)
         index = self.forward._tensor(np.searchsorted(before.rows, self.rows))
         hidden = hidden.index_select(0, index)
         residual = None if residual is None else residual.index_select(0, index)
-        self.batch.hidden_states, self.batch.residual_stream = ResidualStream.from_handoff(hidden, residual, PLAIN_ADD)
+        handle, self.batch.residual_stream = ResidualStream.from_handoff(hidden, residual, PLAIN_ADD)
+        self.batch.hidden_states = handle  # type: ignore[assignment]
         residual_batch.clear(before.batch)
 
     def layers(self, start: int, stop: int) -> Any:

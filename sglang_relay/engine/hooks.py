@@ -89,7 +89,8 @@ class SchedulerHooks:
         try:
             original(batch, *args, **kwargs)
         except BaseException:
-            self.relay.release(planned)
+            if planned is not None:
+                self.relay.donors.release(planned.locks)
             raise
 
     def run_batch(self, original: Callable[..., Any], scheduler: Any, batch: Any, *args: Any, **kwargs: Any) -> Any:

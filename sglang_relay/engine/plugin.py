@@ -88,7 +88,7 @@ def build_tree(ctx: TreeCacheBuildContext) -> Any:
     tree.relay = relay
     if ctx.tp_rank == 0:
         if get_observability().enable_metrics:
-            relay.stats.metrics = Metrics({"model_name": str(ctx.server_args.served_model_name)})
+            relay.stats.metrics = Metrics({"model_name": str(getattr(ctx.server_args, "served_model_name", None))})
         _announce(relay, table, isolated)
     return tree
 
@@ -132,12 +132,11 @@ def _announce(relay: Any, hooks: list[Any], isolated: bool) -> None:
         if isolated
         else "one trust domain: requests with equal extra_key and cache_salt share donors"
     )
-    layers = relay.config.resolve_layer_range(relay.num_layers)
     logger.info(
         "relay: on (%s); policy %s, layers %s, tau_dev %g, suffix %d; %d hooks in force; no certificate for this model",
         domain,
         relay.config.policy,
-        layers,
+        relay.layers,
         relay.config.tau_dev,
         relay.config.suffix,
         len(hooks),
@@ -156,7 +155,7 @@ def _state(relay: Any, hooks: list[Any], isolated: bool) -> dict[str, Any]:
         "isolated": isolated,
         "hooks": {h.target: h.target not in absent for h in hooks},
         "config": {name: _plain(getattr(relay.config, name)) for name in type(relay.config).__dataclass_fields__},
-        "layer_range": str(relay.config.resolve_layer_range(relay.num_layers)),
+        "layer_range": str(relay.layers),
         "weight_epoch": relay.namespaces.epoch,
         "index": relay.index.stats(),
         "stats": relay.stats.as_dict(),

@@ -90,6 +90,11 @@ class RelayRequest:
         return self.declined is None
 
 
+def relay_of(req: Any) -> RelayRequest | None:
+    """The relay state of a Req; None where the request was not made through the scheduler's front door."""
+    return getattr(req, "relay", None)
+
+
 def new_report(policy: str | None, declined: str | None) -> dict[str, Any]:
     """``meta_info["relay"]``. exact: prefix hits and exact copies; relayed: donor KV used as it is; recomputed: reused
     tokens that the policy computed again; fresh: the rest. The four add up to the prompt."""

@@ -69,8 +69,9 @@ class ContentIndex:
         self._counts: Counter[str] = Counter()
         self._blocks_limit = BlockPool.capacity_for(int(max_bytes * _POOL_SHARE))
         self._rows_limit = int(max_bytes * _ROWS_SHARE) // ROW_BYTES
-        if self.nbytes > max_bytes:
-            raise ValueError(f"max_bytes={max_bytes} is below the size of an empty index ({self.nbytes})")
+        shortest = max(window, min_run)
+        if not self._fits(None, None, shortest, 2):
+            raise ValueError(f"max_bytes={max_bytes} has no room for a donor of {shortest} tokens")
 
     def __len__(self) -> int:
         """Number of donors."""
@@ -99,6 +100,7 @@ class ContentIndex:
         `max_bytes`. Least recently used donors make room. Raises ValueError if the span is not inside the path or
         `depth` is negative.
         """
+        start, stop, depth = int(start), int(stop), int(depth)  # kernels are compiled for no narrower integers
         if not 0 <= start <= stop <= len(path) < _TOKEN_LIMIT or depth < 0:
             raise ValueError(f"no span [{start}, {stop}) at depth {depth} in a path of {len(path)} tokens")
         if stop - start < max(self.min_run, self.window):
@@ -197,6 +199,7 @@ class ContentIndex:
         unless a bound cut it off (match.py for one match, windows.py for what is stored; `stats` counts both). Time is
         linear in `n`.
         """
+        start = int(start)
         if start < 0:
             raise ValueError(f"start={start} is negative")
         number = self._donors.tenants.get(tenant)
@@ -235,7 +238,7 @@ class ContentIndex:
         length = int(row[STOP])
         if not 0 <= stop <= length:
             raise ValueError(f"stop={stop} is outside the path of {length} tokens of donor {donor}")
-        return self._blocks.read(int(row[TAIL]), length, 0, stop)
+        return self._blocks.read(int(row[TAIL]), length, 0, int(stop))
 
     def touch(self, donor: int) -> None:
         """Make a donor that has served the most recently used; one that is gone is ignored."""

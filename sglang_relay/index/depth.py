@@ -41,10 +41,9 @@ def _position_key(hashes, position, seed):
 
 @kernel
 def _look_up(hashes, length, seed, keys, values, old_keys, old_values):
-    """The deepest mark on the path, and `(key, depth)` of the marks that the old generation holds deeper, or alone."""
-    deepest = 0
-    found_keys, found_depths = np.empty(8, np.uint64), np.empty(8, np.int64)
-    found = 0
+    """The deepest mark on the path, and the slots of the marks that the old generation holds deeper, or alone."""
+    deepest, hits = 0, 0
+    places = np.empty(length, np.int64)
     for position in range(length):
         key = _position_key(hashes, position, seed)
         young = 0
@@ -55,13 +54,9 @@ def _look_up(hashes, length, seed, keys, values, old_keys, old_values):
         at = _get(old_keys, old_values, key)
         if at >= 0 and old_values[at] > young:
             deepest = max(deepest, old_values[at])
-            if found == len(found_keys):
-                found_keys = np.concatenate((found_keys, np.empty(found, np.uint64)))
-                found_depths = np.concatenate((found_depths, np.empty(found, np.int64)))
-            found_keys[found] = key
-            found_depths[found] = old_values[at]
-            found += 1
-    return deepest, found_keys[:found], found_depths[:found]
+            places[hits] = at
+            hits += 1
+    return deepest, places[:hits]
 
 
 class DepthMap:
@@ -98,6 +93,7 @@ class DepthMap:
         """Note that in `namespace` the KV of the path `tokens` (int32 `[n]`) was computed at approximation `depth` from
         `position` on. Only tokens up to and including `position` identify the mark. Raises ValueError unless
         `0 <= position < n` and `depth >= 0`; depth 0 needs no mark."""
+        position, depth = int(position), int(depth)
         if not 0 <= position < len(tokens) or depth < 0:
             raise ValueError(f"no mark of depth {depth} at position {position} of {len(tokens)} tokens")
         if depth:
@@ -107,6 +103,7 @@ class DepthMap:
     def depth(self, namespace: str | None, tokens: np.ndarray, length: int) -> int:
         """The largest depth marked in `namespace` at a position below `length` of exactly this path, 0 if there is
         none. Raises ValueError if `length` exceeds the path: marks beyond the known tokens would be missed."""
+        length = int(length)
         if not 0 <= length <= len(tokens):
             raise ValueError(f"length={length} is outside a path of {len(tokens)} tokens")
         if not len(self):
@@ -114,9 +111,9 @@ class DepthMap:
         hashes = prefix_hashes(as_tokens(tokens[:length]), self._base)
         young, old = self._young, self._old
         arguments = (young.keys, young.values, old.keys, old.values)
-        deepest, keys, depths = _look_up(hashes, length, _namespace_seed(namespace), *arguments)
-        for key, depth in zip(keys, depths, strict=True):
-            self._put(key, int(depth))
+        deepest, places = _look_up(hashes, length, _namespace_seed(namespace), *arguments)
+        for place in places:
+            self._put(np.uint64(old.keys[place]), int(old.values[place]))
         return int(deepest)
 
     def _put(self, key: np.uint64, depth: int) -> None:

@@ -8,7 +8,9 @@ Bounds, for a prompt of n tokens, whatever the tokens are (`BUCKET`, `CROWD`, `B
 - a donor already matched on `CROWD` diagonals at a prompt position is not tried on a further one there (periodic text);
 - token comparisons (and blocks walked to list a donor's span): at most `(BUCKET + 1) * n + BURST`. The allowance grows
   by `BUCKET` per prompt token on top of `BURST`, so text that burns it early delays, and does not prevent, what comes
-  later in the prompt. What is left out for these reasons is counted (`crowded`, `starved`).
+  later in the prompt.
+
+What is left out for these reasons is counted (`crowded`, `starved`).
 """
 
 from typing import NamedTuple
@@ -83,12 +85,25 @@ def _equal_left(prompt, at, limit, tokens, blocks, offset, source):
     return length
 
 
+# Plain loops: numba's slice assignment compiles seconds' worth of code for its error messages.
 @kernel
 def _grown(array, needed):
     if needed <= len(array):
         return array
-    larger = np.empty((max(needed, 2 * len(array)), *array.shape[1:]), array.dtype)
-    larger[: len(array)] = array
+    larger = np.empty(max(needed, 2 * len(array)), array.dtype)
+    for i in range(len(array)):
+        larger[i] = array[i]
+    return larger
+
+
+@kernel
+def _grown_rows(array, needed):
+    if needed <= len(array):
+        return array
+    larger = np.empty((max(needed, 2 * len(array)), array.shape[1]), array.dtype)
+    for i in range(len(array)):
+        for j in range(array.shape[1]):
+            larger[i, j] = array[i, j]
     return larger
 
 
@@ -190,7 +205,7 @@ def _find_runs(prompt, hashes, start, window, min_run, factor, seed, tenant, key
             compared += min(left + 1, limit)
             if left + right < min_run:
                 continue
-            runs = _grown(runs, found + 1)
+            runs = _grown_rows(runs, found + 1)
             runs[found, _BEGIN] = at - left
             runs[found, _END] = at + right
             runs[found, _SOURCE] = source - left

@@ -20,7 +20,7 @@ def warm_up() -> None:
     index.match("", path)
     index.path(donor, 200)
     index.forget(donor)
-    index.check_integrity()
     depths = DepthMap(257, 2)
     depths.mark("", path, 0, 1)
+    depths.mark("", path, 1, 1)
     depths.depth("", path, 200)

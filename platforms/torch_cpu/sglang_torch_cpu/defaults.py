@@ -57,6 +57,9 @@ def set_process_defaults() -> None:
     """
     processes.relax_collector()
     os.environ.setdefault("SGLANG_ROPE_CACHE_FP32", "1")
+    # SGLang compiles a few small functions; with the C++ backend of torch that takes seconds in the first requests and
+    # a compiler on the machine, for nothing that a CPU would notice.
+    os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
     if "OMP_NUM_THREADS" not in os.environ:
         os.environ[_THREADS_CHOSEN_HERE] = "1"
         _set_threads(default_threads(usable_cores(), ranks=1))

@@ -1,8 +1,8 @@
 """RMSNorm, SiLU-and-mul and rotary embedding in few PyTorch calls, registered with SGLang's fused-op dispatch.
 
 A decoded token of a small model spends a third of its time in element-wise ops, each call a few microseconds of
-dispatch for almost no arithmetic; fewer calls is what counts. Rounding follows SGLang's CUDA kernels: fp32 inside,
-one rounding at the end.
+dispatch for almost no arithmetic; fewer calls is what counts. Norms and rotations compute in fp32 and round once, like
+SGLang's CUDA kernels; SiLU-and-mul rounds where SGLang's PyTorch reference does.
 """
 
 from __future__ import annotations
@@ -30,9 +30,7 @@ def add_rms_norm(
 def silu_and_mul(x: torch.Tensor) -> torch.Tensor:
     """``silu(gate) * up`` for ``x = [..., gate | up]``, both halves of equal width."""
     half = x.shape[-1] // 2
-    if x.dtype == torch.float32:
-        return F.silu(x[..., :half]).mul_(x[..., half:])
-    return F.silu(x[..., :half].float()).mul_(x[..., half:]).to(x.dtype)
+    return F.silu(x[..., :half]).mul_(x[..., half:])
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *, neox: bool) -> torch.Tensor:
@@ -59,6 +57,34 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *, neox: bool)
     if 2 * half < x.shape[-1]:
         out[..., 2 * half :] = x32[..., 2 * half :]
     return out if x.dtype == torch.float32 else out.to(x.dtype)
+
+
+def rotate_pair(
+    query: torch.Tensor, key: torch.Tensor, head_dim: int, cos: torch.Tensor, sin: torch.Tensor, *, neox: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`rotate` for query and key, in one go where they lie side by side, as the two parts of a QKV projection do.
+
+    Args:
+        query, key: ``[tokens, heads * head_dim]`` (or with heads and head_dim apart), heads of their own number.
+
+    Returns:
+        New tensors in the shapes of `query` and `key`; their rows may be slices of common wider rows.
+    """
+    tokens, width = cos.shape[0], query.shape[-1]
+    if (
+        query.dim() == 2
+        and key.dim() == 2
+        and query.stride() == key.stride()
+        and query.stride(1) == 1
+        and query.untyped_storage().data_ptr() == key.untyped_storage().data_ptr()
+        and query.storage_offset() + width == key.storage_offset()
+    ):
+        heads = (width + key.shape[1]) // head_dim
+        both = query.as_strided((tokens, heads, head_dim), (query.stride(0), head_dim, 1))
+        out = rotate(both, cos, sin, neox=neox).view(tokens, -1)
+        return out[:, :width], out[:, width:]
+    q, k = (rotate(x.reshape(tokens, -1, head_dim), cos, sin, neox=neox).view(x.shape) for x in (query, key))
+    return q, k
 
 
 def register(dispatch_key: str) -> None:
@@ -103,13 +129,9 @@ def _forward_silu_and_mul(self, x):
 
 
 def _forward_rotary(self, positions, query, key, offsets=None, fused_set_kv_buffer_arg=None):
-    """`RotaryEmbedding.forward`; returns new tensors, as the reference does, in the shapes of `query` and `key`."""
+    """`RotaryEmbedding.forward`; new tensors in the shapes of `query` and `key`, as the reference returns."""
     assert fused_set_kv_buffer_arg is None, "this platform writes the KV cache in the attention backend"
     if offsets is not None:
         positions = positions + offsets
-    tokens = positions.numel()
     cos, sin = self.cos_sin_cache.index_select(0, positions.flatten()).float().unsqueeze(1).chunk(2, dim=-1)
-    return tuple(
-        rotate(x.view(tokens, -1, self.head_size), cos, sin, neox=self.is_neox_style).view(x.shape)
-        for x in (query, key)
-    )
+    return rotate_pair(query, key, self.head_size, cos, sin, neox=self.is_neox_style)

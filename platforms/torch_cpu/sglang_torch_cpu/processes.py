@@ -25,7 +25,7 @@ _registered = False
 
 
 def relax_collector() -> None:
-    """Collect less often: imports make millions of objects that stay, and walking them again costs a third of the time."""
+    """Collect less often: imports make millions of objects that stay; walking them again and again takes seconds."""
     gc.set_threshold(20_000, 50, 100)
 
 

@@ -1,0 +1,92 @@
+"""What each chunk does to a request's prompt: the per-request report behind ``meta_info["relay"]``."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from sglang_relay.engine.donors import tokens_of
+from sglang_relay.engine.requests import RelayRequest
+from sglang_relay.index import DepthMap
+from sglang_relay.plan import RelayPlan, Segment
+from sglang_relay.policies import Policy
+
+if TYPE_CHECKING:
+    from sglang.srt.managers.schedule_batch import Req
+
+
+def chunk_end(req: Req) -> int:
+    """End of the chunk that the scheduler admitted."""
+    assert req.extend_end is not None
+    return req.extend_end
+
+
+def begin_chunk(req: Req, state: RelayRequest, depths: DepthMap) -> None:
+    """Start counting anew at a first chunk, and at a new attempt after retraction, from the prefix the tree gave."""
+    if state.reached == req.prefix_len and state.reached >= 0:
+        return
+    for key in ("relayed", "recomputed", "fresh", "segments"):
+        state.report[key] = 0
+    state.report["exact"] = min(req.prefix_len, len(req.origin_input_ids))
+    state.fresh.clear()
+    state.depth = 0
+    if state.relays and req.prefix_len:
+        state.depth = depths.depth(req.extra_key, tokens_of(req), req.prefix_len)
+    state.report["depth"] = state.depth
+
+
+def _kind(segment: Segment, policy: Policy) -> str:
+    """The report's name for a segment before the policy has selected anything."""
+    if segment.exact:
+        return "exact"
+    return "recomputed" if policy.exact else "relayed"
+
+
+def _in_prompt(start: int, stop: int, prompt: int) -> int:
+    """Tokens of ``[start, stop)`` that belong to the prompt; after a retraction a chunk also extends outputs."""
+    return max(0, min(stop, prompt) - start)
+
+
+def count_chunk(req: Req, state: RelayRequest, plan: RelayPlan | None, policy: Policy | None) -> int:
+    """Report one chunk, as planned. Returns its fresh prompt tokens."""
+    prompt, end = len(req.origin_input_ids), chunk_end(req)
+    report, at, placed = state.report, req.prefix_len, 0
+    if plan is not None and policy is not None:
+        for s in plan.segments:
+            if s.start > at:
+                state.fresh.append((at, s.start))
+            inside = _in_prompt(s.start, s.stop, prompt)
+            report[_kind(s, policy)] += inside
+            report["segments"] += not s.exact
+            placed += inside
+            at = s.stop
+    if end > at:
+        state.fresh.append((at, end))
+    fresh = _in_prompt(req.prefix_len, end, prompt) - placed
+    report["fresh"] += fresh
+    state.reached = end
+    if report["relayed"] + report["recomputed"]:
+        report["declined"] = None
+    elif state.relays and report["declined"] is None and end >= prompt:
+        report["declined"] = "nothing_to_reuse"
+    return fresh
+
+
+def count_fallback(req: Req, state: RelayRequest, plan: RelayPlan, policy: Policy) -> None:
+    """The stock path recomputed everything that was placed: it is fresh after all."""
+    prompt = len(req.origin_input_ids)
+    for s in plan.segments:
+        inside = _in_prompt(s.start, s.stop, prompt)
+        state.report[_kind(s, policy)] -= inside
+        state.report["fresh"] += inside
+        state.report["segments"] -= not s.exact
+
+
+def computed_spans(state: RelayRequest, prompt: int) -> list[tuple[int, int]]:
+    """Prompt ranges that the request computed itself, adjacent chunks joined."""
+    joined: list[tuple[int, int]] = []
+    for start, stop in state.fresh:
+        if joined and joined[-1][1] == start:
+            joined[-1] = (joined[-1][0], stop)
+        else:
+            joined.append((start, stop))
+    return [(a, min(b, prompt)) for a, b in joined if a < prompt]

@@ -1,0 +1,83 @@
+"""Match at admission: which runs of a request's uncached prompt donors hold, and what computing remains."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from sglang_relay.config import RelayConfig
+from sglang_relay.engine.donors import EXACT_PREFIX, Donors, tokens_of
+from sglang_relay.engine.namespaces import Namespaces
+from sglang_relay.index import ContentIndex
+from sglang_relay.plan import Candidate, cover
+
+if TYPE_CHECKING:
+    from sglang.srt.managers.schedule_batch import Req
+
+    from sglang_relay.engine.requests import RelayRequest
+
+
+class Matcher:
+    def __init__(self, config: RelayConfig, index: ContentIndex, donors: Donors, namespaces: Namespaces) -> None:
+        self._config = config
+        self._index = index
+        self._donors = donors
+        self._namespaces = namespaces
+
+    def pieces(self, req: Req, state: RelayRequest) -> list[Candidate]:
+        """Disjoint pieces of ``req``'s prompt behind its cached prefix, sorted: first what the exact namespace adds to
+        that prefix, then donors' runs, best first; none if the donors' share is below ``min_relayed``."""
+        tokens = tokens_of(req)
+        start, stop = req.prefix_len, len(tokens) - 1
+        if req.return_logprob and 0 <= req.logprob_start_len < len(req.origin_input_ids):
+            # Prompt logprobs need the hidden state of every row from there on.
+            stop = min(stop, max(start, req.logprob_start_len - 1))
+        begin = self._exact_prefix(req, state, start, stop)
+        pieces = [Candidate(start, begin, EXACT_PREFIX, start, 0)] if begin > start else []
+        runs = self._index.match(state.tenant, tokens, begin)
+        found = self._cover([Candidate(r.start, r.stop, r.donor, r.source, r.depth) for r in runs], begin, stop)
+        if sum(p.stop - p.start for p in found) >= self._config.min_relayed:
+            pieces += found
+        return pieces
+
+    def _exact_prefix(self, req: Req, state: RelayRequest, start: int, stop: int) -> int:
+        # KV in the exact namespace may stem from a prompt of another scope.
+        if not self._namespaces.exact_is_current or state.tenant.scope is not None:
+            return start
+        reached = self._donors.exact_prefix(req, state.tenant, stop)
+        return reached if reached - start >= self._config.min_segment else start
+
+    def _cover(self, candidates: list[Candidate], start: int, stop: int) -> list[Candidate]:
+        """Disjoint pieces, best candidates first, as long as their donors' KV is in the tree. Bounded look-ups."""
+        held: list[Candidate] = []
+        for candidate in candidates[: 2 * self._config.max_segments]:
+            if candidate.depth >= self._config.max_depth:
+                continue
+            available = self._donors.available(candidate)
+            if available >= self._config.min_segment:
+                held.append(candidate._replace(stop=candidate.start + available))
+        return cover(held, start, stop, self._config.min_segment, self._config.max_segments)
+
+
+def computed_tokens(pieces: list[Candidate], share: float, start: int, stop: int) -> int:
+    """Tokens' worth of computing that extending ``[start, stop)`` costs: fresh tokens and the expected repair.
+
+    ``share``: the policy's expected recomputed share of a reused token.
+    """
+    copied = 0.0
+    for piece in pieces:
+        part = piece.clip(start, stop - 1)
+        if part.stop > part.start:
+            copied += (part.stop - part.start) * (1.0 if piece.donor == EXACT_PREFIX else 1.0 - share)
+    return stop - start - int(copied)
+
+
+def reachable(pieces: list[Candidate], share: float, start: int, stop: int, budget: int) -> int:
+    """Largest end in ``[start, stop]`` up to which extending costs at most ``budget`` tokens of computing."""
+    low, high = start, stop
+    while low < high:
+        middle = (low + high + 1) // 2
+        if computed_tokens(pieces, share, start, middle) <= budget:
+            low = middle
+        else:
+            high = middle - 1
+    return low

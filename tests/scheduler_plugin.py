@@ -1,0 +1,138 @@
+"""The plugin behind plugins.Inspector. Runs inside the server's processes; must not import from the tests."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from array import array
+from pathlib import Path
+from typing import Any
+
+from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+_FOLDER = Path(os.environ["RELAY_TEST_INSPECTOR"])
+_PEAK = {"running": 0}
+
+
+def load() -> None:
+    controller = "sglang.srt.managers.scheduler_components.internal_state.SchedulerInternalStateController"
+    HookRegistry.register(f"{controller}.get_internal_state", answer, HookType.AFTER)
+    HookRegistry.register("sglang.srt.managers.scheduler.Scheduler.run_batch", watch, HookType.AFTER)
+
+
+def watch(result: Any, scheduler: Any, *args: Any, **kwargs: Any) -> None:
+    """Keep the greatest number of KV slots that running requests have held."""
+    _PEAK["running"] = max(_PEAK["running"], _running(scheduler))
+
+
+def _running(scheduler: Any) -> int:
+    free = scheduler.token_to_kv_pool_allocator.available_size()
+    return scheduler.max_total_num_tokens - free - scheduler.tree_cache.evictable_size()
+
+
+def answer(result: Any, controller: Any, *args: Any, **kwargs: Any) -> None:
+    asked = _FOLDER / "question.json"
+    if not asked.exists():
+        return
+    question = json.loads(asked.read_text(encoding="utf-8"))
+    asked.unlink()
+    reply = QUESTIONS[question["question"]](controller.scheduler, **question["arguments"])
+    (_FOLDER / "answer.json").write_text(json.dumps(reply), encoding="utf-8")
+
+
+# ---------------------------------------------------------------------- questions
+
+
+def rows(scheduler: Any, tokens: list[int], extra_key: str | None, salt: str | None, namespace: Any) -> list[str]:
+    from sglang.srt.mem_cache.base_prefix_cache import MatchPrefixParams
+    from sglang.srt.mem_cache.radix_cache import RadixKey
+
+    tree = scheduler.tree_cache
+    if namespace is not None:
+        from sglang_relay.engine.namespaces import Tenant
+
+        tenant = Tenant(extra_key, salt, namespace.get("scope"))
+        extra_key = tree.relay.namespaces.key(tenant, namespace["tier"])
+    key = RadixKey(array("q", tokens), extra_key, cache_salt=salt)
+    match = tree.match_prefix(MatchPrefixParams(key=key))
+    slots = tree.path_device_indices(match.last_device_node)[: match.device_prefix_len]
+    pool = scheduler.tp_worker.model_runner.token_to_kv_pool
+    digests = [hashlib.blake2b(digest_size=8) for _ in range(len(slots))]
+    for buffer in (*pool.k_buffer, *pool.v_buffer):
+        for digest, row in zip(digests, buffer[slots].contiguous().numpy(), strict=True):
+            digest.update(row.tobytes())
+    return [d.hexdigest() for d in digests]
+
+
+def pool(scheduler: Any) -> dict[str, int]:
+    """running: slots that running requests hold; held: those and what the tree keeps; peak: greatest running since the last
+    question."""
+    peak, _PEAK["running"] = _PEAK["running"], 0
+    free = scheduler.token_to_kv_pool_allocator.available_size()
+    return {"running": _running(scheduler), "held": scheduler.max_total_num_tokens - free, "peak": peak}
+
+
+def secret(scheduler: Any) -> str:
+    return scheduler.tree_cache.relay.namespaces.secret
+
+
+# ---------------------------------------------------------------------- faults
+
+
+class Injected(RuntimeError):
+    """What a broken step raises."""
+
+
+def _raising(*args: Any, **kwargs: Any) -> Any:
+    raise Injected("broken by a test")
+
+
+def _corrupt_slots(scheduler: Any) -> Any:
+    tree = scheduler.tree_cache
+    original = tree.path_device_indices
+
+    def beyond_the_pool(*args: Any, **kwargs: Any) -> Any:
+        slots = original(*args, **kwargs).clone()
+        slots[-1] = 1 << 40
+        return slots
+
+    return tree, "path_device_indices", beyond_the_pool
+
+
+def _places(scheduler: Any) -> dict[str, Any]:
+    from sglang_relay import index
+    from sglang_relay.engine import forward, manager
+    from sglang_relay.plan import RelayPlan
+    from sglang_relay.policies.relay import DeviationPolicy
+
+    return {
+        "adopt": (manager, "new_report", _raising),
+        "match": (index.ContentIndex, "match", _raising),
+        "plan": (RelayPlan, "check", _raising),
+        "prepare": (forward.StagedForward, "prepare", _raising),
+        "forward": (forward, "realign", _raising),
+        "select": (DeviationPolicy, "select", _raising),
+        "learn": (index.ContentIndex, "learn", _raising),
+        "slots": _corrupt_slots(scheduler),
+    }
+
+
+_UNDO: list[tuple[Any, str, Any, bool]] = []
+
+
+def break_(scheduler: Any, what: str | None) -> str | None:
+    while _UNDO:
+        owner, name, original, own = _UNDO.pop()
+        if own:
+            setattr(owner, name, original)
+        else:
+            delattr(owner, name)
+    if what is not None:
+        owner, name, broken = _places(scheduler)[what]
+        _UNDO.append((owner, name, getattr(owner, name), name in vars(owner)))
+        setattr(owner, name, broken)
+    return what
+
+
+QUESTIONS: dict[str, Any] = {"rows": rows, "pool": pool, "secret": secret, "break": break_}
