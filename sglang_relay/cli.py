@@ -11,9 +11,44 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one subcommand; the exit status is 0, or 1 after an error that was explained on stderr."""
     parser = argparse.ArgumentParser(prog="sglang-relay", description="Companion tools of the SGLang relay extension.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    _add_doctor(commands)
     _add_fetch_model(commands)
     args = parser.parse_args(argv)
     return args.run(args)
+
+
+def _add_doctor(commands: Any) -> None:
+    parser = commands.add_parser(
+        "doctor",
+        help="check this installation, or a running server",
+        description="Check the installed SGLang against what the relay builds on; with --url ask a running server "
+        "whether it relays, which hooks are in force and what it declined. Exit status 1 if anything is wrong.",
+    )
+    parser.add_argument("--url", metavar="URL", help="base URL of a running server, e.g. http://127.0.0.1:30000")
+    parser.set_defaults(run=_doctor)
+
+
+def _doctor(args: argparse.Namespace) -> int:
+    import warnings
+
+    warnings.simplefilter("ignore")  # importing SGLang warns about each accelerator that this machine lacks
+    from sglang_relay.engine import doctor
+
+    if args.url is None:
+        findings = list(doctor.installation())
+    else:
+        import requests
+
+        try:
+            answer = requests.get(args.url.rstrip("/") + "/server_info", timeout=30)
+            answer.raise_for_status()
+            findings = list(doctor.server(answer.json()))
+        except (requests.RequestException, ValueError) as error:
+            print(f"sglang-relay doctor: {args.url} does not answer: {error}", file=sys.stderr)
+            return 1
+    for finding in findings:
+        print(f"{'ok ' if finding.ok else 'BAD'}  {finding.what}: {finding.detail}")
+    return 0 if all(f.ok for f in findings) else 1
 
 
 def _add_fetch_model(commands: Any) -> None:

@@ -86,7 +86,7 @@ class RelayConfig:
             chosen = LayerRange(min(1, detect), detect, num_layers - 1)
         if chosen.end >= num_layers:
             raise ConfigError(
-                f"layer_range={chosen}: the model has {num_layers} layers, so the last layer allowed is {num_layers - 1}"
+                f"layer_range={chosen}: the model has {num_layers} layers, the last one allowed is {num_layers - 1}"
             )
         return chosen
 

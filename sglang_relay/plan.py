@@ -18,7 +18,7 @@ class Decline(Exception):
 
 
 class Candidate(NamedTuple):
-    """A run of prompt tokens that some donor holds: prompt ``[start, stop)`` equals the donor's path from ``source``."""
+    """A run of prompt tokens that a donor holds: prompt ``[start, stop)`` equals the donor's path from ``source`` on."""
 
     start: int
     stop: int
