@@ -18,7 +18,7 @@ class Decline(Exception):
 
 
 class Candidate(NamedTuple):
-    """A run of prompt tokens that a donor holds: prompt ``[start, stop)`` equals the donor's path from ``source`` on."""
+    """A run of prompt tokens that a donor holds: prompt ``[start, stop)`` equals its path from ``source`` on."""
 
     start: int
     stop: int

@@ -20,7 +20,10 @@ if TYPE_CHECKING:
     from sglang_relay.engine.tree import RelayCache
 
 EXACT_PREFIX = -1
-"""Donor id of a piece that continues the prefix from the exact namespace: same tokens, same positions."""
+"""Donor id of a piece that continues the prefix from another namespace: same tokens, same positions, exact KV."""
+
+Space = tuple[str | None, str | None]
+"""A tree namespace: extra_key and cache_salt."""
 
 
 def tokens_of(req: Req) -> np.ndarray:
@@ -53,16 +56,19 @@ class Donors:
             self._index.forget(candidate.donor)
         return available
 
-    def exact_prefix(self, req: Req, tenant: Tenant, stop: int) -> int:
-        """How many of the first ``stop`` tokens the tenant's exact namespace holds."""
-        return self._tree.match_prefix(MatchPrefixParams(key=self._exact_key(req, tenant, stop))).device_prefix_len
+    def prefix_held(self, req: Req, space: Space, stop: int) -> int:
+        """How many of the first ``stop`` tokens of ``req`` the namespace ``space`` holds."""
+        return self._tree.match_prefix(MatchPrefixParams(key=self._prefix_key(req, space, stop))).device_prefix_len
 
-    def hold(self, req: Req, tenant: Tenant, part: Candidate) -> Held | None:
-        """Lock what the tree still holds of ``part``; None if nothing is left."""
+    def hold(self, req: Req, space: Space | None, part: Candidate) -> Held | None:
+        """Lock what the tree still holds of ``part``; None if nothing is left.
+
+        space: the namespace that continues the request's own prefix, for an ``EXACT_PREFIX`` piece.
+        """
         length = part.stop - part.start
         try:
-            if part.donor == EXACT_PREFIX:
-                key = self._exact_key(req, tenant, part.stop)
+            if space is not None:
+                key = self._prefix_key(req, space, part.stop)
             else:
                 key = self._key(part.donor, part.source + length)
                 self._index.touch(part.donor)
@@ -88,5 +94,5 @@ class Donors:
         return RadixKey(path, record.namespace, cache_salt=tenant.salt)
 
     @staticmethod
-    def _exact_key(req: Req, tenant: Tenant, stop: int) -> RadixKey:
-        return RadixKey(req.full_untruncated_fill_ids, tenant.key, cache_salt=tenant.salt, limit=stop)
+    def _prefix_key(req: Req, space: Space, stop: int) -> RadixKey:
+        return RadixKey(req.full_untruncated_fill_ids, space[0], cache_salt=space[1], limit=stop)

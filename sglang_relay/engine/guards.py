@@ -32,7 +32,7 @@ def _deployment(args: Any) -> list[tuple[str, bool]]:
 
     return [
         ("pipeline_parallel", args.pp_size > 1),
-        ("dp_attention", on("enable_dp_attention") or (args.dp_size > 1 and args.tp_size % args.dp_size != 0)),
+        ("dp_attention", on("enable_dp_attention")),
         ("context_parallel", args.attn_cp_size > 1 or args.dcp_size > 1 or on("enable_prefill_cp")),
         ("speculative_decoding", args.speculative_algorithm is not None),
         ("pd_disaggregation", args.disaggregation_mode != "null"),

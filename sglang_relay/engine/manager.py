@@ -88,7 +88,7 @@ class RelayManager:
         self.learnt = 0
         """Changes of the index so far: pieces chosen at an older count may have become better."""
         self.donors = Donors(tree, self.index)
-        self.matcher = Matcher(config, self.index, self.donors, self.namespaces)
+        self.matcher = Matcher(config, self.index, self.donors, self.depths, self.namespaces)
         self.layers = config.resolve_layer_range(num_layers)
         self._policies = {
             name: make_policy(
@@ -120,6 +120,7 @@ class RelayManager:
         req.relay = state  # type: ignore[attr-defined]
         req.customized_info = {**(req.customized_info or {}), REPORT_KEY: [report]}
         if declined is None:
+            self.namespaces.note_tier(controls.tier)
             req.extra_key = self.namespaces.key(tenant, controls.tier)
         else:
             self.stats.decline(declined)
@@ -175,23 +176,28 @@ class RelayManager:
         if self._outstanding is not None:
             self.donors.release(self._outstanding.locks)
         states = [relay_of(r) for r in batch.reqs]
-        for req, state in zip(batch.reqs, states, strict=True):
-            if state is not None:
-                begin_chunk(req, state, self.depths)
         planned = self._agreed_plan(batch, states) if any(s is not None and s.relays for s in states) else None
-        plans = {} if planned is None else {p.row: p for p in planned.plans}
-        for row, (req, state) in enumerate(zip(batch.reqs, states, strict=True)):
-            if state is not None:
-                plan = plans.get(row)
-                fresh = count_chunk(req, state, plan, planned.policy if planned is not None else None)
-                self.stats.chunk(fresh=fresh, segments=plan.segments if plan is not None else ())
+        try:
+            self._count(batch, states, planned)
+        except Exception as error:
+            self.failure("report", error)
         self._outstanding = planned
         self.stats.plan_seconds += time.perf_counter() - began
         return planned
 
+    def _count(self, batch: ScheduleBatch, states: list[RelayRequest | None], planned: BatchPlan | None) -> None:
+        plans = {} if planned is None else {p.row: p for p in planned.plans}
+        for row, (req, state) in enumerate(zip(batch.reqs, states, strict=True)):
+            if state is not None:
+                plan = plans.get(row)
+                begin_chunk(req, state, self.depths)
+                fresh = count_chunk(req, state, plan, planned.policy if planned is not None else None)
+                self.stats.chunk(fresh=fresh, segments=plan.segments if plan is not None else ())
+
     def _agreed_plan(self, batch: ScheduleBatch, states: list[RelayRequest | None]) -> BatchPlan | None:
-        planned, reason = None, batch_reason(batch)
+        planned, reason = None, None
         try:
+            reason = batch_reason(batch)
             planned = None if reason else self._plan(batch, states)
         except Decline as decline:
             reason = decline.reason
@@ -243,7 +249,7 @@ class RelayManager:
             exact = piece.donor == EXACT_PREFIX
             if part.stop <= part.start or (exact and part.start != low):
                 continue  # an exact prefix that is not continued from its start is no prefix any more
-            held = self.donors.hold(req, state.tenant, part)
+            held = self.donors.hold(req, state.prefix_key if exact else None, part)
             if held is None:
                 continue
             locks.append(held.lock)
@@ -274,6 +280,8 @@ class RelayManager:
                     self._decline(state, planned.fell_back)
                 elif not planned.policy.exact:
                     self._mark_depth(req, state, plan)
+        except Exception as error:
+            self.failure("finish", error)
         finally:
             self.donors.release(planned.locks)
             self._outstanding = None
@@ -325,6 +333,8 @@ class RelayManager:
     def _may_donate(self, state: RelayRequest) -> bool:
         if self.unsupported or state.controls.donate == "none" or state.epoch != self.namespaces.epoch:
             return False
+        if not state.relays and not self.namespaces.exact_is_current:
+            return False  # its path may hold KV of older weights, which an insert of equal tokens keeps
         return not self._unscoped(state.tenant)
 
     def on_flush(self) -> None:

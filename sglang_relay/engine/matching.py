@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from sglang_relay.config import RelayConfig
 from sglang_relay.engine.donors import EXACT_PREFIX, Donors, tokens_of
 from sglang_relay.engine.namespaces import Namespaces
-from sglang_relay.index import ContentIndex
+from sglang_relay.index import ContentIndex, DepthMap
 from sglang_relay.plan import Candidate, cover
 
 if TYPE_CHECKING:
@@ -17,21 +19,24 @@ if TYPE_CHECKING:
 
 
 class Matcher:
-    def __init__(self, config: RelayConfig, index: ContentIndex, donors: Donors, namespaces: Namespaces) -> None:
+    def __init__(
+        self, config: RelayConfig, index: ContentIndex, donors: Donors, depths: DepthMap, namespaces: Namespaces
+    ) -> None:
         self._config = config
         self._index = index
         self._donors = donors
+        self._depths = depths
         self._namespaces = namespaces
 
     def pieces(self, req: Req, state: RelayRequest) -> list[Candidate]:
-        """Disjoint pieces of ``req``'s prompt behind its cached prefix, sorted: first what the exact namespace adds to
-        that prefix, then donors' runs, best first; none if the donors' share is below ``min_relayed``."""
+        """Disjoint pieces of ``req``'s prompt behind its cached prefix, sorted: first what another namespace adds to
+        that prefix exactly, then donors' runs, best first; none if the donors' share is below ``min_relayed``."""
         tokens = tokens_of(req)
         start, stop = req.prefix_len, len(tokens) - 1
         if req.return_logprob and 0 <= req.logprob_start_len < len(req.origin_input_ids):
             # Prompt logprobs need the hidden state of every row from there on.
             stop = min(stop, max(start, req.logprob_start_len - 1))
-        begin = self._exact_prefix(req, state, start, stop)
+        begin = self._exact_prefix(req, state, tokens, start, stop)
         pieces = [Candidate(start, begin, EXACT_PREFIX, start, 0)] if begin > start else []
         runs = self._index.match(state.tenant, tokens, begin)
         found = self._cover([Candidate(r.start, r.stop, r.donor, r.source, r.depth) for r in runs], begin, stop)
@@ -39,12 +44,16 @@ class Matcher:
             pieces += found
         return pieces
 
-    def _exact_prefix(self, req: Req, state: RelayRequest, start: int, stop: int) -> int:
-        # KV in the exact namespace may stem from a prompt of another scope.
-        if not self._namespaces.exact_is_current or state.tenant.scope is not None:
-            return start
-        reached = self._donors.exact_prefix(req, state.tenant, stop)
-        return reached if reached - start >= self._config.min_segment else start
+    def _exact_prefix(self, req: Req, state: RelayRequest, tokens: np.ndarray, start: int, stop: int) -> int:
+        """How far another namespace of the tenant continues the request's prefix with exact KV."""
+        best = start + self._config.min_segment - 1
+        for key in self._namespaces.siblings(state.tenant, state.controls.tier):
+            reached = self._donors.prefix_held(req, (key, state.tenant.salt), stop)
+            # Only relay namespaces have depths; a path that is approximate anywhere is no exact prefix.
+            if reached > best and self._depths.depth(key, tokens, reached) == 0:
+                best = reached
+                state.prefix_key = (key, state.tenant.salt)
+        return best if best - start >= self._config.min_segment else start
 
     def _cover(self, candidates: list[Candidate], start: int, stop: int) -> list[Candidate]:
         """Disjoint pieces, best candidates first, as long as their donors' KV is in the tree. Bounded look-ups."""

@@ -8,8 +8,11 @@ locks, eviction and accounting of relayed requests stay SGLang's own.
 from __future__ import annotations
 
 import secrets
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
+
+MAX_TIERS = 8
+"""Tiers whose namespaces are searched for an exact prefix."""
 
 
 class Tenant(NamedTuple):
@@ -36,6 +39,20 @@ class Namespaces:
     secret: str
     epoch: int = 0
     exact_is_current: bool = True
+    _tiers: dict[str, None] = field(default_factory=dict)
+
+    def note_tier(self, tier: str) -> None:
+        """Remember that requests of ``tier`` exist; the oldest is forgotten beyond ``MAX_TIERS``."""
+        self._tiers.pop(tier, None)
+        self._tiers[tier] = None
+        if len(self._tiers) > MAX_TIERS:
+            del self._tiers[next(iter(self._tiers))]
+
+    def siblings(self, tenant: Tenant, tier: str) -> list[str | None]:
+        """Keys of ``tenant`` other than its namespace in ``tier``: where a longer exact prefix may lie."""
+        # The exact namespace is shared by all scopes of a tenant, so a scoped request does not look there.
+        exact = [tenant.key] if self.exact_is_current and tenant.scope is None else []
+        return [*exact, *(self.key(tenant, t) for t in self._tiers if t != tier)]
 
     def key(self, tenant: Tenant, tier: str) -> str:
         """The extra_key of a request of ``tenant`` in ``tier``. The client's key stays the suffix, where SGLang's KV

@@ -66,7 +66,8 @@ class RelayRequest:
 
     declined: named reason why the request is served without reuse, None while it may relay.
     pieces: disjoint runs of the prompt that donors hold, sorted, chosen at admission; ``pieces_version`` is the index
-    version they were chosen at, ``pieces_from`` the prefix length.
+    version they were chosen at, ``pieces_from`` the prefix length. prefix_key: extra_key and cache_salt of the
+    namespace that continues the prefix exactly, where the first piece says so.
     reached: end of the last chunk that was planned; a chunk that starts elsewhere begins a new attempt.
     depth: approximation depth of the KV computed so far; 0 while it equals full prefill up to rounding.
     report: the dict behind ``meta_info["relay"]``, updated in place.
@@ -80,6 +81,7 @@ class RelayRequest:
     pieces: list[Candidate] = field(default_factory=list)
     pieces_version: int = -1
     pieces_from: int = 0
+    prefix_key: tuple[str | None, str | None] = (None, None)
     reached: int = -1
     depth: int = 0
     fresh: list[tuple[int, int]] = field(default_factory=list)
