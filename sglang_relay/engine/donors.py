@@ -47,14 +47,16 @@ class Donors:
         self._index = index
 
     def available(self, candidate: Candidate) -> int:
-        """Tokens of ``candidate`` whose KV the donor's path still holds on the device; forgets an empty donor."""
+        """Tokens of ``candidate`` whose KV the donor's path still holds on the device; forgets a donor without any."""
         length = candidate.stop - candidate.start
-        key = self._key(candidate.donor, candidate.source + length)
+        try:
+            key = self._key(candidate.donor, candidate.source + length)
+        except KeyError:
+            return 0  # forgotten at an earlier candidate of the same donor
         reached = self._tree.match_prefix(MatchPrefixParams(key=key)).device_prefix_len
-        available = min(length, reached - candidate.source)
-        if available <= 0:
-            self._index.forget(candidate.donor)
-        return available
+        if reached <= self._index.donor(candidate.donor).start:
+            self._index.forget(candidate.donor)  # eviction takes a path from its end: nothing of the span is left
+        return max(0, min(length, reached - candidate.source))
 
     def prefix_held(self, req: Req, space: Space, stop: int) -> int:
         """How many of the first ``stop`` tokens of ``req`` the namespace ``space`` holds."""
