@@ -10,6 +10,7 @@ request, which could be seen from there, goes second.
 """
 
 import argparse
+import itertools
 import json
 import random
 import shutil
@@ -203,10 +204,9 @@ def print_answers(results: list[AgentResult], lines: int) -> None:
     width = max(30, (shutil.get_terminal_size((120, 24)).columns - 3) // 2)
     for result in results:
         left, right = result.answer_exact, result.answer_relay
-        same = next(
-            (i for i, (a, b) in enumerate(zip(left, right, strict=False)) if a != b), min(len(left), len(right))
-        )
-        print(f"\n{result.name}: the first {same} of {len(left)} characters are the same")
+        common = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(left, right, strict=False)))
+        alike = "both answers are the same" if left == right else f"the answers part after {common} characters"
+        print(f"\n{result.name}: {alike}")
         columns = [[f"{title}:", *_wrap(text, width)] for title, text in (("exact", left), ("relayed", right))]
         for row in range(min(lines + 1, max(map(len, columns)))):
             cells = [column[row] if row < len(column) else "" for column in columns]
@@ -256,8 +256,11 @@ def main() -> None:
     with server(args) as url:
         try:
             chain = Chain(url, args)
-            for relay in ("on", "off"):  # the first request of a kind is slow: it is not timed
-                chain.stream(chain.prompt(ROLES[0]), relay, 1)
+            # The first request of a kind is slow, so it is not timed. One prompt for both, as everywhere: at any time
+            # both namespaces hold the same prompts, so no number at a head is by chance half known to only one.
+            warm_up = chain.prompt(ROLES[0])
+            for relay in ("on", "off"):
+                chain.stream(warm_up, relay, 1)
             results = [chain.run(role) for role in ROLES]
         except APIError as error:
             fail(f"the server did not serve a request: {error}")

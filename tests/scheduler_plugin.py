@@ -18,11 +18,11 @@ _PEAK = {"running": 0}
 def load() -> None:
     controller = "sglang.srt.managers.scheduler_components.internal_state.SchedulerInternalStateController"
     HookRegistry.register(f"{controller}.get_internal_state", answer, HookType.AFTER)
-    HookRegistry.register("sglang.srt.managers.scheduler.Scheduler.run_batch", watch, HookType.AFTER)
+    HookRegistry.register("sglang.srt.managers.scheduler.Scheduler.process_batch_result", watch, HookType.BEFORE)
 
 
-def watch(result: Any, scheduler: Any, *args: Any, **kwargs: Any) -> None:
-    """Keep the greatest number of KV slots that running requests have held."""
+def watch(scheduler: Any, *args: Any, **kwargs: Any) -> None:
+    """Keep the greatest number of KV slots that running requests have held between two steps."""
     _PEAK["running"] = max(_PEAK["running"], _running(scheduler))
 
 
@@ -66,8 +66,8 @@ def rows(scheduler: Any, tokens: list[int], extra_key: str | None, salt: str | N
 
 
 def pool(scheduler: Any) -> dict[str, int]:
-    """running: slots that running requests hold; held: those and what the tree keeps; peak: greatest running since the last
-    question."""
+    """running: slots that running requests hold; held: those and what the tree keeps; peak: the greatest running since
+    this was last asked."""
     peak, _PEAK["running"] = _PEAK["running"], 0
     free = scheduler.token_to_kv_pool_allocator.available_size()
     return {"running": _running(scheduler), "held": scheduler.max_total_num_tokens - free, "peak": peak}

@@ -23,6 +23,7 @@ from sglang_relay.fetch_model import ensure_model
 BOUND = 1e-4
 CLEAR = 1e-2
 """A mutation moves the log-probabilities at least this far from the server's."""
+ENOUGH = "on the larger model one of its kind is enough"
 MARGIN = 2e-6
 """Closest that a deviation may come to the threshold: below, fp32 and fp64 may select different tokens."""
 
@@ -144,7 +145,7 @@ def check_margin(result: Result, segments: list[Segment], tau_dev: float) -> Non
 @pytest.mark.parametrize("policy", ["rotate", "relay", "full"])
 def test_next_token_distribution(world: World, policy: str, case: str) -> None:
     if case not in world.setting.cases:
-        pytest.skip("one case per shape is enough on the larger model")
+        pytest.skip(ENOUGH)
     prompt = world.prompt(CASES[case])
     segments = world.segments(prompt)
     got, report = world.serve(prompt, relay_policy=policy)
@@ -157,34 +158,33 @@ def test_next_token_distribution(world: World, policy: str, case: str) -> None:
     assert far(got, got.new_zeros(())) > 1, "a distribution, not a constant"
 
 
-@pytest.mark.parametrize("budget", [0.1, 0.3])
+@pytest.mark.parametrize("budget", [0.2, 0.3])
 def test_budget_keeps_the_suffix_and_the_largest_deviations(world: World, budget: float) -> None:
+    if world.setting is not TINY:
+        pytest.skip("the selection does not depend on the model")
     prompt = world.prompt(CASES["middle"])
-    (segment,) = segments = world.segments(prompt)
-    relay = world.setting.relay._replace(tau_dev=0.8)
+    segments = world.segments(prompt)
     got, report = world.serve(prompt, relay_policy="relay", relay_budget=budget)
-    limit = int(budget * prompt.matched)
-    if limit <= relay.suffix:
-        want = world.reference.run(prompt.tokens, segments, relay._replace(tau_dev=1e6, suffix=limit))
-        check_counts(report, prompt, limit)
-    else:
-        # The threshold that lets exactly as many tokens pass as the budget leaves beside the suffix.
-        measured = world.reference.run(prompt.tokens, segments, world.setting.relay)
-        check_margin(measured, segments, world.setting.relay.tau_dev)
-        deviation = measured.deviation[segment.start : segment.stop]
-        inner = deviation[: -relay.suffix].sort(descending=True).values
-        above = int((inner >= world.setting.relay.tau_dev * deviation.mean()).sum())
-        kept = min(limit - relay.suffix, above)
-        assert float(inner[kept - 1] - inner[kept]) > MARGIN, "choose another seed"
-        between = float((inner[kept - 1] + inner[kept]) / 2 / deviation.mean())
-        want = world.reference.run(prompt.tokens, segments, relay._replace(tau_dev=between))
-        check_counts(report, prompt, relay.suffix + kept)
+    relay = world.setting.relay
+    measured = world.reference.run(prompt.tokens, segments, relay)
+    check_margin(measured, segments, relay.tau_dev)
+    deviation = measured.deviation[segments[0].start : segments[0].stop]
+    inner = deviation[: -relay.suffix].sort(descending=True).values
+    kept = int(budget * prompt.matched) - relay.suffix
+    assert 0 < kept < int((inner >= relay.tau_dev * deviation.mean()).sum()), "the budget should be what limits"
+    # The threshold that lets exactly as many tokens pass as the budget leaves beside the suffix.
+    assert float(inner[kept - 1] - inner[kept]) > MARGIN, "choose another seed"
+    between = float((inner[kept - 1] + inner[kept]) / 2 / deviation.mean())
+    want = world.reference.run(prompt.tokens, segments, relay._replace(tau_dev=between))
+    check_counts(report, prompt, relay.suffix + kept)
     assert far(got, log_probabilities(want)) < BOUND
 
 
 @pytest.mark.parametrize("policy", ["rotate", "relay"])
 def test_donor_that_was_relayed_itself(world: World, policy: str) -> None:
     """The third agent reuses what the second decoded over relayed KV: approximation of depth 2."""
+    if world.setting is SMOLLM2 and policy == "rotate":
+        pytest.skip(ENOUGH)
     second = world.prompt(CASES["two"])
     before = world.segments(second)
     report = world.decode(second.tokens, before, relay_policy=policy)
@@ -203,6 +203,8 @@ def test_donor_that_was_relayed_itself(world: World, policy: str) -> None:
 
 @pytest.mark.parametrize("policy", ["rotate", "relay"])
 def test_mutations_would_be_caught(world: World, policy: str) -> None:
+    if world.setting is SMOLLM2 and policy == "rotate":
+        pytest.skip(ENOUGH)
     prompt = world.prompt(CASES["three"])
     segments = world.segments(prompt)
     got, _ = world.serve(prompt, relay_policy=policy)

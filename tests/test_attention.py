@@ -148,9 +148,7 @@ def test_any_rows_of_any_requests(data: st.DataObject) -> None:
 
 
 def test_one_plan_serves_every_layer() -> None:
-    plan = plan_attention(
-        [Sequence(np.array([0, 2, 5], dtype=np.int64), shuffled(6))], dtype=torch.float32, device=CPU
-    )
+    plan = plan_attention([Sequence(np.array([0, 2, 5], dtype=np.int64), shuffled(6))], dtype=torch.float32, device=CPU)
     for seed in range(2):
         generator = torch.Generator().manual_seed(seed)
         query = torch.randn(3, 2, 8, generator=generator)

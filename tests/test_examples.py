@@ -30,7 +30,8 @@ def relay_server() -> Iterator[Server]:
 
 def test_quickstart_on_its_own_server(tmp_path: Path) -> None:
     figures = tmp_path / "figures.json"
-    done = run("quickstart.py", "--max-tokens", 64, "--repeats", 1, "--json", figures)
+    # Above the server's least number of reused tokens (RelayConfig.min_relayed) already for the second agent.
+    done = run("quickstart.py", "--max-tokens", 96, "--repeats", 1, "--json", figures)
     assert done.returncode == 0, done.stderr
     agents = json.loads(figures.read_text())["agents"]
     assert [agent["name"] for agent in agents] == ["planner", "treasurer", "reviewer"]
@@ -44,7 +45,9 @@ def test_quickstart_on_its_own_server(tmp_path: Path) -> None:
     for number, agent in enumerate(later, 1):
         assert agent["declined"] is None
         assert agent["segments"] >= number
-        assert agent["matched_share"] >= 0.9
+        # In the few places where a text is tokenized otherwise than it was decoded, an end shorter than min_segment
+        # (32) is lost with it; a whole text that is not found would leave at most half.
+        assert agent["matched_share"] >= 1 - 32 / 96
         # The prefix of the chat template is all that a new number at the head leaves to the prefix cache.
         assert agent["exact"] < 16
         assert agent["fresh"] > 0
@@ -54,7 +57,8 @@ def test_quickstart_on_its_own_server(tmp_path: Path) -> None:
     assert head.split()[:3] == ["agent", "TTFT", "exact"]
     assert len(rows) == 3
     for agent in agents:
-        assert f"{agent['name']}: the first" in done.stdout
+        assert f"{agent['name']}: " in done.stdout
+    assert "planner: both answers are the same" in done.stdout
     assert "starting the server" in done.stderr
 
 

@@ -35,7 +35,7 @@ def test_clip_keeps_the_tokens_it_names(found: list[Candidate], start: int, stop
 
 
 def covered_by_hand(found: list[Candidate], start: int, stop: int, min_length: int, limit: int) -> dict[int, Candidate]:
-    """Position -> candidate, token by token: each candidate in turn takes what is free of it, in runs that are long enough."""
+    """Position -> candidate, token by token: each candidate in turn takes what is free, in long enough runs."""
     owner: dict[int, Candidate] = {}
     chosen = 0
     for c in found:

@@ -6,16 +6,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sglang_relay.config import POLICIES, LayerRange
-from sglang_relay.policies import SelectionView, make_policy
+from sglang_relay.policies import Policy, SelectionView, make_policy
 
 LAYERS = 12
+RANGE = LayerRange(1, 3, 8)
 
 
-def policy(name: str = "relay", layers: LayerRange = LayerRange(1, 3, 8), tau_dev: float = 1.5, suffix: int = 0):
+def policy(name: str = "relay", layers: LayerRange = RANGE, tau_dev: float = 1.5, suffix: int = 0) -> Policy:
     return make_policy(name, num_layers=LAYERS, layers=layers, tau_dev=tau_dev, suffix=suffix)
 
 
-def view(deviation: list[float], *, first: int = 100, end: int | None = None, budget: float | None = None):
+def view(
+    deviation: list[float], *, first: int = 100, end: int | None = None, budget: float | None = None
+) -> SelectionView:
     n = len(deviation)
     positions = torch.arange(first, first + n)
     return SelectionView(torch.tensor(deviation), positions, first + n if end is None else end, budget)

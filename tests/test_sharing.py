@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
@@ -98,7 +97,7 @@ def test_an_eight_way_fork_hits_the_relayed_prefix(pair: Pair, policy: str) -> N
     assert cached[0] == cached[1], "the siblings share less than on a stock server"
     for what in ("peak", "held"):
         relay, stock = slots(pair, what)
-        assert 0 < stock and relay <= MOST_TOKENS * stock, what
+        assert stock > 0 and relay <= MOST_TOKENS * stock, what
 
 
 @pytest.mark.parametrize("policy", ["rotate", "relay"])
@@ -116,7 +115,7 @@ def test_four_samples_share_one_relayed_prompt(pair: Pair, policy: str) -> None:
                 assert answer["meta_info"]["relay"]["depth"] == 1
     for what in ("peak", "held"):
         relay, stock = slots(pair, what)
-        assert 0 < stock and relay <= MOST_TOKENS * stock, what
+        assert stock > 0 and relay <= MOST_TOKENS * stock, what
 
 
 @pytest.mark.parametrize("policy", ["rotate", "relay"])
@@ -137,7 +136,7 @@ def test_every_turn_of_a_chat_hits_the_turns_before(pair: Pair, policy: str) -> 
             known = len(history)
     for what in ("peak", "held"):
         relay, stock = slots(pair, what)
-        assert 0 < stock and relay <= MOST_TOKENS * stock, what
+        assert stock > 0 and relay <= MOST_TOKENS * stock, what
 
 
 def test_a_sibling_under_another_policy_does_not_hit_but_relays(pair: Pair) -> None:

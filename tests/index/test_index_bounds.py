@@ -107,6 +107,20 @@ def test_many_holders_of_one_text() -> None:
     assert work["compared"] <= BUCKET * (n + n // 64 + 2)
 
 
+def test_the_allowance_ends_comparisons_that_nothing_else_ends() -> None:
+    """Each of 64 donors holds the whole text and is proposed: a full bucket for each phase of their windows."""
+    index = ContentIndex(base=BASE)
+    text = noise(4000, 1)
+    for i in range(8 * BUCKET):
+        index.learn("t", None, np.concatenate((noise(i % 8, 10 + i), text)), 0, 4000 + i % 8, 0)
+    n = len(text)
+    runs, work = worked(index, text)
+    check_bounds(work, n)
+    assert work["starved"] > 0
+    assert 8 * BUCKET * n > 2 * ((BUCKET + 1) * n + BURST)
+    assert runs[0][:2] == (0, n)
+
+
 def test_false_proposals_cost_one_window_at_most() -> None:
     """With base 1 a window hashes to the sum of its tokens: all these windows collide, none is equal."""
     rng = np.random.default_rng(0)

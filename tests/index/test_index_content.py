@@ -101,6 +101,15 @@ def test_tenants_never_meet() -> None:
     assert index.match("reuses the number of a", join(path, text(300, 2))) == [Run(300, 600, again, 0, 0)]
 
 
+def test_a_busy_tenant_does_not_crowd_out_the_windows_of_another() -> None:
+    index = ContentIndex(base=BASE)
+    path = text(300, 1)
+    mine = learn(index, path, 0, 300, tenant="a")
+    for i in range(40):
+        learn(index, join(text(5, 10 + i), path), 5, 305, tenant="b")
+    assert index.match("a", path) == [Run(0, 300, mine, 0, 0)]
+
+
 def test_namespaces_of_a_tenant_are_donors_to_each_other() -> None:
     index = ContentIndex(base=BASE)
     path = text(300, 1)
@@ -140,6 +149,23 @@ def test_alternatives_are_the_best_few() -> None:
     assert [run.donor for run in index.match("t", piece)] == [donors[4], donors[2], donors[0]]
     index.forget(donors[2])
     assert [run.donor for run in index.match("t", piece)] == [donors[4], donors[0], donors[5]]
+
+
+def test_deeper_text_around_does_not_use_up_the_alternatives() -> None:
+    index = ContentIndex(base=BASE, alternatives=2)
+    piece = text(200, 1)
+    deep = learn(index, piece, 0, 200, depth=1)
+    longer, shorter = learn(index, piece[50:110].copy(), 0, 60), learn(index, piece[55:105].copy(), 0, 50)
+    assert index.match("t", piece) == [Run(50, 110, longer, 0, 0), Run(55, 105, shorter, 0, 0), Run(0, 200, deep, 0, 1)]
+
+
+def test_a_donor_is_no_alternative_to_itself() -> None:
+    index = ContentIndex(base=BASE)
+    piece = text(200, 1)
+    donor = learn(index, join(piece, text(30, 2), piece[50:150]), 0, 330)
+    assert index.match("t", piece) == [Run(0, 200, donor, 0, 0)]
+    assert index.stats()["confirmed"] == 2
+    assert index.match("t", piece[:150]) == [Run(0, 150, donor, 0, 0)]
 
 
 def test_distinct_text_comes_before_second_choices() -> None:

@@ -36,14 +36,38 @@ def complete(index: ContentIndex) -> bool:
     return not any(stats[name] for name in ("displaced", "repeats", "crowded", "starved"))
 
 
-@pytest.mark.parametrize("base", [BASE, 0, 1], ids=["random", "zero", "one"])
+class OneKeySpace(ContentIndex):
+    """All tenants' windows under the same keys: only the comparison of tenants keeps them apart."""
+
+    @staticmethod
+    def _seed(tenant_number: int) -> np.uint64:
+        return np.uint64(7)
+
+
+def test_tenants_whose_keys_collide_still_never_meet() -> None:
+    index = OneKeySpace(base=BASE)
+    text = np.random.default_rng(1).integers(0, 1 << 30, 300, dtype=np.int32)
+    spans = [Span(index.learn(tenant, None, text, 0, 300, 0) or 0, tenant, text, 0, 300) for tenant in "ab"]
+    for span in spans:
+        assert [run.donor for run in index.match(span.tenant, text)] == [span.donor]
+
+
+HISTORIES = [
+    pytest.param(ContentIndex, BASE, id="random-base"),
+    pytest.param(OneKeySpace, BASE, id="shared-keys"),
+    pytest.param(ContentIndex, 0, id="base-zero"),
+    pytest.param(ContentIndex, 1, id="base-one"),
+]
+
+
+@pytest.mark.parametrize(("kind", "base"), HISTORIES)
 @settings(max_examples=60, deadline=None)
 @given(data=st.data())
-def test_random_histories(base: int, data: st.DataObject) -> None:
+def test_random_histories(kind: type[ContentIndex], base: int, data: st.DataObject) -> None:
     """A base of 0 hashes a window by its last token, a base of 1 by the sum of its tokens: nearly all proposals are
     wrong then, and the answers must be right all the same."""
     max_bytes = data.draw(st.sampled_from([20_000, 30_000, 1 << 20]))
-    index = ContentIndex(base=base, window=WINDOW, stride=STRIDE, min_run=MIN_RUN, max_bytes=max_bytes, max_runs=10_000)
+    index = kind(base=base, window=WINDOW, stride=STRIDE, min_run=MIN_RUN, max_bytes=max_bytes, max_runs=10_000)
     spans: list[Span] = []  # least recently used first
     seen: list[np.ndarray] = []
     tenants = st.sampled_from(["a", "b"])

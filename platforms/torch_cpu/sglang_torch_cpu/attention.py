@@ -20,6 +20,7 @@ from sglang_torch_cpu import sdpa
 if TYPE_CHECKING:
     from sglang.srt.layers.radix_attention import RadixAttention
     from sglang.srt.model_executor.forward_batch_info import ForwardBatch
+    from sglang.srt.model_executor.model_runner import ModelRunner
 
 
 class BatchPlan(NamedTuple):
@@ -35,13 +36,21 @@ class TorchCpuAttnBackend(TorchNativeAttnBackend):
 
     plan: BatchPlan | None = None
 
+    def __init__(self, model_runner: ModelRunner) -> None:
+        super().__init__(model_runner)
+        assert model_runner.req_to_token_pool is not None
+        self.req_to_token_pool = model_runner.req_to_token_pool
+
     def init_forward_metadata(self, forward_batch: ForwardBatch) -> None:
         super().init_forward_metadata(forward_batch)
         self.plan = self._make_plan(forward_batch)
 
     def _make_plan(self, batch: ForwardBatch) -> BatchPlan:
         kv_lens = batch.seq_lens.tolist()
-        rows = [1] * len(kv_lens) if batch.forward_mode.is_decode_or_idle() else batch.extend_seq_lens.tolist()
+        rows = [1] * len(kv_lens)
+        if not batch.forward_mode.is_decode_or_idle():
+            assert batch.extend_seq_lens is not None
+            rows = batch.extend_seq_lens.tolist()
         table = self.req_to_token_pool.req_to_token
         sequences, start = [], 0
         for request, kv_len, n in zip(batch.req_pool_indices.tolist(), kv_lens, rows, strict=True):
@@ -80,11 +89,14 @@ class TorchCpuAttnBackend(TorchNativeAttnBackend):
         )
 
     def _forward(self, stock, q, k, v, layer, forward_batch, save_kv_cache):
+        if layer.logit_cap > 0:
+            # SGLang's torch_native ignores the cap, and so would answer wrongly without a word.
+            raise NotImplementedError(f"layer {layer.layer_id} caps its attention logits; no CPU attention here does")
         if not self._covers(q, layer, forward_batch):
             return stock(q, k, v, layer, forward_batch, save_kv_cache)
         if save_kv_cache and k is not None and v is not None:
             loc = KVWriteLoc(forward_batch.out_cache_loc, self.swa_out_cache_loc)
-            self.token_to_kv_pool.set_kv_buffer(layer, loc, k, v)
+            self.token_to_kv_pool.set_kv_buffer(layer, loc, k, v)  # pyright: ignore[reportArgumentType]
         return self._attend(q, layer, forward_batch)
 
     def forward_extend(self, q, k, v, layer, forward_batch, save_kv_cache=True):

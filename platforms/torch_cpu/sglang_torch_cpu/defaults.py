@@ -56,6 +56,7 @@ def set_process_defaults() -> None:
     Runs when the platform is activated, before SGLang reads any of these variables.
     """
     processes.relax_collector()
+    processes.register_hooks()
     os.environ.setdefault("SGLANG_ROPE_CACHE_FP32", "1")
     # SGLang compiles a few small functions; with the C++ backend of torch that takes seconds in the first requests and
     # a compiler on the machine, for nothing that a CPU would notice.
@@ -63,7 +64,6 @@ def set_process_defaults() -> None:
     if "OMP_NUM_THREADS" not in os.environ:
         os.environ[_THREADS_CHOSEN_HERE] = "1"
         _set_threads(default_threads(usable_cores(), ranks=1))
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"].split(",")[0]))
 
 
@@ -76,7 +76,16 @@ def set_server_defaults(server_args: Any) -> None:
     """Fill in the fields of `server_args` (`sglang.srt.server_args.ServerArgs`) that the user left open.
 
     SGLang calls this once, in the launching process, through `Platform.apply_server_args_defaults`.
+
+    Raises:
+        RuntimeError: an accelerator is visible; SGLang would take its code paths for what this platform runs.
     """
+    if torch.accelerator.is_available():
+        kind = torch.accelerator.current_accelerator()
+        raise RuntimeError(
+            f"SGLANG_PLATFORM=relay_cpu, but this machine has a {kind} device: "
+            "hide it (CUDA: CUDA_VISIBLE_DEVICES=), or unset SGLANG_PLATFORM to serve on it."
+        )
     if server_args.max_total_tokens is None and server_args.mem_fraction_static is None:
         server_args.max_total_tokens = MAX_TOTAL_TOKENS
         logger.info("KV pool bounded to %d tokens; --max-total-tokens changes it.", MAX_TOTAL_TOKENS)
@@ -89,8 +98,6 @@ def set_server_defaults(server_args: Any) -> None:
     server_args.disable_custom_all_reduce = True
     if os.environ.get("SGLANG_TORCH_CPU_SPIN", "0") != "1":
         server_args.sleep_on_idle = True
-
-    processes.fork_workers()
 
     ranks = server_args.tp_size * server_args.pp_size * server_args.dp_size
     if ranks > 1:

@@ -1,4 +1,4 @@
-"""Quick start: import SGLang once instead of once per process, and without the garbage collector in the way.
+"""How SGLang's processes start: importing it once, without the garbage collector in the way, and without its kernels.
 
 SGLang spawns the scheduler and the detokenizer as fresh interpreters, because CUDA does not survive a fork. Each then
 imports for ten seconds what the launcher has just imported. Without a device a fork is safe as long as the launcher has
@@ -11,17 +11,20 @@ import gc
 import logging
 import multiprocessing
 import os
+import platform
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 from sglang.srt.plugins.hook_registry import HookRegistry, HookSource, HookType
 
 logger = logging.getLogger(__name__)
 
 START_METHOD_VARIABLE = "SGLANG_TORCH_CPU_START_METHOD"
-_TARGET = "sglang.srt.entrypoints.engine._set_envs_and_config"
-_registered = False
+_BEFORE_WORKERS = "sglang.srt.entrypoints.engine._set_envs_and_config"
+_BIND_THREADS = "sglang.srt.distributed.bootstrap._init_cpu_threads_env"
 
 
 def relax_collector() -> None:
@@ -45,13 +48,16 @@ def choose_start_method() -> str:
     return "fork" if sys.platform == "linux" and is_single_threaded() else "spawn"
 
 
-def fork_workers() -> None:
-    """Let SGLang start its worker processes by `choose_start_method`; to be called in the launching process."""
-    global _registered
-    if not _registered:
-        _registered = True
-        HookRegistry.register(_TARGET, _use_start_method, HookType.AFTER, source=HookSource("relay_cpu", None))
-        HookRegistry.apply_hooks()
+def register_hooks() -> None:
+    """Register this module's hooks; SGLang's `load_plugins` applies them, after every plugin has registered its own.
+
+    Called while the platform is activated, which SGLang does in the first imports of every process.
+    """
+    source = HookSource("relay_cpu", "sglang-relay-torch-cpu")
+    if multiprocessing.parent_process() is None:
+        HookRegistry.register(_BEFORE_WORKERS, _use_start_method, HookType.AFTER, source=source)
+    if platform.machine().lower() in ("aarch64", "arm64"):
+        HookRegistry.register(_BIND_THREADS, _bind_threads, HookType.AROUND, source=source)
 
 
 def _use_start_method(result: Any, *args: Any, **kwargs: Any) -> Any:
@@ -60,3 +66,9 @@ def _use_start_method(result: Any, *args: Any, **kwargs: Any) -> Any:
     multiprocessing.set_start_method(method, force=True)
     logger.info("Worker processes start by %s; %s changes it.", method, START_METHOD_VARIABLE)
     return result
+
+
+def _bind_threads(original: Callable[..., None], **kwargs: Any) -> None:
+    """On arm64 SGLang takes its CPU kernels for granted; without them there is nothing to bind threads with."""
+    if hasattr(torch.ops.sgl_kernel, "init_cpu_threads_env"):
+        original(**kwargs)

@@ -1,0 +1,71 @@
+"""An SGLang plugin that breaks one tensor-parallel rank (test_tp_faults.py). Runs inside the server's processes; must not
+import from the tests. Which fault is in force is the text of the file that RELAY_TEST_FAULT names."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+_FAULT = Path(os.environ["RELAY_TEST_FAULT"])
+_BROKEN_RANK = 1
+
+
+class Injected(RuntimeError):
+    """What a broken step raises."""
+
+
+def load() -> None:
+    from sglang_relay import index
+    from sglang_relay.engine import forward, manager
+    from sglang_relay.plan import RelayPlan
+    from sglang_relay.policies.relay import DeviationPolicy
+
+    _wrap(index.ContentIndex, "match", {"match": _raise, "other_segments": _other_segments})
+    _wrap(index.ContentIndex, "learn", {"learn": _raise})
+    _wrap(manager, "new_report", {"adopt": _raise})
+    _wrap(RelayPlan, "check", {"plan": _raise})
+    _wrap(forward.StagedForward, "prepare", {"prepare": _raise})
+    _wrap(DeviationPolicy, "select", {"select": _raise, "other_rows": _other_rows})
+    for name in ("time", "monotonic", "perf_counter"):
+        _wrap(time, name, {"clock": _skewed})
+
+
+def _wrap(owner: Any, name: str, faults: dict[str, Callable[..., Any]]) -> None:
+    original = getattr(owner, name)
+
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        fault = faults.get(_in_force())
+        return original(*args, **kwargs) if fault is None else fault(original, *args, **kwargs)
+
+    setattr(owner, name, wrapped)
+
+
+def _in_force() -> str:
+    """The fault in this process: none before the ranks are known, and none on the other ranks."""
+    import torch.distributed as dist
+
+    if not (dist.is_available() and dist.is_initialized() and dist.get_rank() == _BROKEN_RANK):
+        return ""
+    return _FAULT.read_text(encoding="utf-8")
+
+
+def _raise(*args: Any, **kwargs: Any) -> Any:
+    raise Injected("broken by a test")
+
+
+def _other_segments(match: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Every run one token shorter than on the other ranks."""
+    return [run._replace(stop=run.stop - 1) for run in match(*args, **kwargs)]
+
+
+def _other_rows(select: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """The selection of the other ranks, upside down."""
+    return ~select(*args, **kwargs)
+
+
+def _skewed(clock: Callable[[], float]) -> float:
+    """An hour ahead, and running at half the pace."""
+    return clock() / 2 + 3600

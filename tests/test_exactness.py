@@ -1,0 +1,168 @@
+"""Policy `full` recomputes every token it reuses, so its answers must be those of a stock server.
+
+One stock server answers random prompts once. Relay servers of several kinds (mixed chunks, pages of 16, the Python tree
+without overlap, two tensor-parallel ranks under SGLang's rank-consensus checker) decode the same donors, take pieces of
+their outputs out of the same prompts, and must give the same tokens with the same log-probabilities up to the rounding
+of fp32. A request that does not relay must be served to the bit as without the extension.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+from prompts import Donor, Prompt, random_prompt, random_tokens
+from server import Server
+from tiny_model import make_tiny_llama
+
+VOCAB = 1024
+COUNT = 200
+AT_ONCE = 8
+DONORS = 12
+SPARE = 17
+"""Last tokens of a donor that no prompt uses: a tree of page 16 holds whole pages only."""
+BOUND = 1e-5
+CHUNK = 200
+POOL = ("--max-total-tokens", 65_536)
+CHUNKED = ("--enable-mixed-chunk", "--chunked-prefill-size", CHUNK)
+WHOLE = ("--chunked-prefill-size", 8192)
+
+
+class Kind(NamedTuple):
+    """A kind of relay server. cuts: whether chunk ends fall into pieces; a chunk's last token is always fresh."""
+
+    args: tuple[object, ...]
+    env: dict[str, str]
+    cuts: bool = False
+
+
+KINDS = {
+    "mixed-chunk": Kind(CHUNKED, {}, cuts=True),
+    "page-16": Kind((*WHOLE, "--page-size", 16), {}),
+    "python-core-no-overlap": Kind(
+        (*WHOLE, "--disable-overlap-schedule"), {"SGLANG_UNIFIED_RADIX_TREE_CORE_BACKEND": "python"}
+    ),
+    "tp-2": Kind((*WHOLE, "--tp-size", 2), {"SGLANG_ENABLE_RANK_CONSENSUS_CHECKER": "1"}),
+}
+
+
+class Stock(NamedTuple):
+    """What the stock server answered. plain: long random prompts, answered one after the other."""
+
+    model: Path
+    donors: list[Donor]
+    prompts: list[Prompt]
+    answers: list[dict[str, Any]]
+    plain: list[list[int]]
+    plain_answers: list[dict[str, Any]]
+
+
+def ask(server: Server, prompt: list[int], length: int, fields: dict[str, Any] | None = None, **custom: Any) -> Any:
+    return server.generate(
+        prompt,
+        max_new_tokens=length,
+        ignore_eos=True,
+        fields={"return_logprob": True, **(fields or {})},
+        **({"custom_params": custom} if custom else {}),
+    )
+
+
+def decode_donors(server: Server, prompts: Sequence[list[int]], **custom: Any) -> list[Donor]:
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        answers = pool.map(lambda p: ask(server, p, 120, **custom)["output_ids"], prompts)
+        return [Donor(prompt, output) for prompt, output in zip(prompts, answers, strict=True)]
+
+
+def ask_all(server: Server, prompts: Sequence[Prompt], **custom: Any) -> list[dict[str, Any]]:
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        return list(pool.map(lambda p: ask(server, p.tokens, 12, **custom), prompts))
+
+
+def ask_plain(server: Server, plain: Sequence[list[int]], **custom: Any) -> list[dict[str, Any]]:
+    """One at a time; every second one with the log-probabilities of its prompt."""
+    starts: list[dict[str, Any]] = [{"logprob_start_len": 0}, {}]
+    return [ask(server, prompt, 8, starts[i % 2], **custom) for i, prompt in enumerate(plain)]
+
+
+@pytest.fixture(scope="module")
+def stock(tmp_path_factory: pytest.TempPathFactory) -> Stock:
+    model = make_tiny_llama(tmp_path_factory.mktemp("tiny"), vocab=VOCAB)
+    rng = random.Random(11)
+    with Server(model, *CHUNKED, *POOL) as server:
+        donors = decode_donors(server, [random_tokens(rng.randint(16, 48), rng, VOCAB) for _ in range(DONORS)])
+        prompts = [random_prompt(donors, rng, VOCAB, spare=SPARE) for _ in range(COUNT)]
+        for number, prompt in enumerate(prompts):
+            prompt.tokens[0] = 3 + number  # no prompt shares a prefix with another
+        plain = [random_tokens(rng.randint(20, 3 * CHUNK), rng, VOCAB) for _ in range(12)]
+        answers = ask_all(server, prompts)
+        return Stock(model, donors, prompts, answers, plain, ask_plain(server, plain))
+
+
+class Relay(NamedTuple):
+    server: Server
+    kind: Kind
+    donors: list[Donor]
+
+
+@pytest.fixture(scope="module")
+def relay(stock: Stock, request: pytest.FixtureRequest) -> Iterator[Relay]:
+    kind = KINDS[request.param]
+    # By default a prompt must hold more than its shortest segment before it is worth relaying.
+    env = {"SGLANG_RELAY_MIN_RELAYED": "32", **kind.env}
+    with Server(stock.model, "--radix-cache-backend", "relay", *POOL, *kind.args, env=env) as server:
+        yield Relay(server, kind, decode_donors(server, [d.prompt for d in stock.donors], relay="exact"))
+
+
+def logprobs(answer: dict[str, Any], which: str = "output") -> list[float | None]:
+    return [value for value, *_ in answer["meta_info"][f"{which}_token_logprobs"]]
+
+
+@pytest.mark.parametrize("relay", KINDS, indirect=True)
+def test_full_policy_answers_like_stock(stock: Stock, relay: Relay) -> None:
+    assert relay.donors == stock.donors, "the donors themselves are exact requests"
+    answers = ask_all(relay.server, stock.prompts, relay_policy="full")
+    lost = [check_report(a["meta_info"]["relay"], p) for a, p in zip(answers, stock.prompts, strict=True)]
+    assert any(lost) == relay.kind.cuts, lost
+    differing = [
+        i for i, (a, b) in enumerate(zip(answers, stock.answers, strict=True)) if a["output_ids"] != b["output_ids"]
+    ]
+    assert not differing
+    worst = max(
+        abs(x - y)
+        for a, b in zip(answers, stock.answers, strict=True)
+        for x, y in zip(logprobs(a), logprobs(b), strict=True)
+        if x is not None and y is not None
+    )
+    print(f"largest difference of an output log-probability: {worst:.2g}")
+    assert worst <= BOUND
+    stats = relay.server.get("/server_info")["internal_states"][0]["relay"]["stats"]
+    assert (stats["fallbacks"], stats["failures"]) == (0, 0), stats
+
+
+def check_report(report: dict[str, Any], prompt: Prompt) -> int:
+    """All that was matched is recomputed; returns how many matched tokens were fresh because a chunk ended there."""
+    recomputed = report["recomputed"]
+    assert report["declined"] is None and report["depth"] == 0, report
+    assert report["relayed"] == report["exact"] == 0 and recomputed + report["fresh"] == len(prompt.tokens), report
+    lost = prompt.matched - recomputed
+    assert recomputed > 0 and 0 <= lost <= len(prompt.tokens) // 16, (report, prompt)
+    return lost
+
+
+@pytest.mark.parametrize("relay", ["mixed-chunk"], indirect=True)
+def test_requests_that_do_not_relay_are_served_to_the_bit(stock: Stock, relay: Relay) -> None:
+    """First with relay on and nothing to reuse, then off: in this order neither finds the other's prefix."""
+    for params, declined in (({"relay_donate": "none"}, "nothing_to_reuse"), ({"relay": "off"}, "relay_off")):
+        answers = ask_plain(relay.server, stock.plain, **params)
+        for number, (got, want) in enumerate(zip(answers, stock.plain_answers, strict=True)):
+            report = got["meta_info"]["relay"]
+            assert (report["declined"], report["fresh"]) == (declined, len(stock.plain[number])), report
+            assert got["output_ids"] == want["output_ids"]
+            assert logprobs(got) == logprobs(want)
+            if number % 2 == 0:
+                assert len(logprobs(got, "input")) == len(stock.plain[number])
+                assert logprobs(got, "input") == logprobs(want, "input")

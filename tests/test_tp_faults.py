@@ -1,0 +1,146 @@
+"""Two tensor-parallel ranks, one of which goes wrong: both serve the batch stock, by name, and nothing hangs.
+
+SGLang's rank-consensus checker is on, which ends the server when the ranks take different decisions on the tree.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from plugins import install_plugin
+from prompts import Cut, Donor, Prompt, compose, random_tokens
+from server import Server
+from tiny_model import make_tiny_llama
+
+VOCAB = 1024
+POOL = 4096
+ANSWER_WITHIN = 120.0
+"""Seconds; far more than an answer takes, far less than a collective waits for a rank that does not come."""
+
+
+class Ranks:
+    """A server of two ranks, of which a fault can break the second."""
+
+    def __init__(self, server: Server, fault: Path) -> None:
+        self.server = server
+        self._fault = fault
+        self._rng = random.Random(5)
+        self.donors: list[Donor] = []
+
+    def fault(self, name: str) -> None:
+        self._fault.write_text(name, encoding="utf-8")
+
+    def ask(self, tokens: list[int], length: int = 12, **custom: Any) -> Any:
+        request = {
+            "input_ids": tokens,
+            "sampling_params": {
+                "temperature": 0,
+                "max_new_tokens": length,
+                "ignore_eos": True,
+                "custom_params": custom,
+            },
+        }
+        return self.server.post("/generate", request, timeout=ANSWER_WITHIN)
+
+    def decode(self) -> None:
+        prompt = self.fresh(30)
+        self.donors = [*self.donors, Donor(prompt, self.ask(prompt, 150, relay="exact")["output_ids"])][-2:]
+
+    def fresh(self, n: int) -> list[int]:
+        return random_tokens(n, self._rng, VOCAB)
+
+    def prompt(self) -> Prompt:
+        return compose(self.donors, [Cut(0, 11, 100, 20), Cut(1, 30, 90, 5)], 9, self._rng, VOCAB)
+
+    def relays(self, policy: str = "relay") -> None:
+        prompt = self.prompt()
+        report = self.ask(prompt.tokens, relay_policy=policy)["meta_info"]["relay"]
+        assert report["declined"] is None, report
+        assert report["relayed"] + report["recomputed"] == prompt.matched, report
+
+    def declines(self, policy: str = "relay") -> str:
+        """A prompt that could be relayed is served fresh and answered as an exact request is; returns the reason."""
+        prompt = self.prompt()
+        answer = self.ask(prompt.tokens, relay_policy=policy)
+        report = answer["meta_info"]["relay"]
+        assert (report["relayed"], report["recomputed"], report["segments"]) == (0, 0, 0), report
+        assert report["exact"] + report["fresh"] == len(prompt.tokens), report
+        assert report["depth"] == 0, report
+        assert answer["output_ids"] == self.ask(prompt.tokens, relay="off")["output_ids"]
+        return report["declined"]
+
+    def evict(self) -> None:
+        """Push everything out of the pool, so that ranks whose trees rank their nodes differently fall apart."""
+        for _ in range(2 * POOL // 400):
+            self.ask(self.fresh(400), 2, relay="off")
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
+    folder = tmp_path_factory.mktemp("ranks")
+    model = make_tiny_llama(folder / "model", vocab=VOCAB)
+    fault = folder / "fault"
+    fault.write_text("", encoding="utf-8")
+    code = (Path(__file__).parent / "rank_fault_plugin.py").read_text(encoding="utf-8")
+    env = install_plugin(folder / "plugin", "relay_test_rank_fault", code)
+    env |= {"RELAY_TEST_FAULT": str(fault), "SGLANG_ENABLE_RANK_CONSENSUS_CHECKER": "1"}
+    args = ("--radix-cache-backend", "relay", "--tp-size", 2, "--max-total-tokens", POOL)
+    with Server(model, *args, env=env) as server:
+        yield Ranks(server, fault)
+
+
+@pytest.fixture
+def ranks(served: Ranks) -> Iterator[Ranks]:
+    """The server with two fresh donors, without a fault before and after."""
+    served.fault("")
+    served.decode()
+    served.decode()
+    yield served
+    served.fault("")
+
+
+@pytest.mark.parametrize("policy", ["rotate", "relay", "full"])
+def test_ranks_relay_together(ranks: Ranks, policy: str) -> None:
+    ranks.relays(policy)
+
+
+@pytest.mark.parametrize("fault", ["adopt", "match", "other_segments", "plan", "prepare", "select", "other_rows"])
+def test_one_broken_rank_makes_all_decline(ranks: Ranks, fault: str) -> None:
+    ranks.relays()
+    ranks.fault(fault)
+    for _ in range(3):
+        assert ranks.declines() == "ranks_disagree"
+    ranks.fault("")
+    ranks.relays()
+    ranks.evict()
+    ranks.decode()
+    ranks.decode()
+    ranks.relays()
+
+
+def test_rank_that_learns_nothing(ranks: Ranks) -> None:
+    """What only one rank has learnt is found by that rank alone."""
+    ranks.fault("learn")
+    ranks.decode()
+    ranks.decode()
+    for _ in range(2):
+        assert ranks.declines() == "ranks_disagree"
+    ranks.fault("")
+    ranks.decode()
+    ranks.decode()
+    ranks.relays()
+
+
+def test_skewed_clock(ranks: Ranks) -> None:
+    """Nothing is decided by a rank's own clock, so a wrong one changes nothing."""
+    for fault in ("clock", "", "clock"):
+        ranks.fault(fault)
+        for policy in ("rotate", "relay", "full"):
+            ranks.relays(policy)
+        ranks.evict()
+        ranks.decode()
+        ranks.decode()
