@@ -92,8 +92,9 @@ class StagedForward:
                 self.reused.append(_Reused(number, rows, positions, source, s.slots, s.exact, s.end, plan.budget))
         self.fresh = np.flatnonzero(~copied)
         self.whole = np.flatnonzero(~exact)
-        table = self.runner.req_to_token_pool.req_to_token.index_select(0, batch.req_pool_indices.long())
-        self.slots = [table[i, : p + n].long() for i, (p, n) in enumerate(zip(prefixes, lens, strict=True))]
+        table = self.runner.req_to_token_pool.req_to_token
+        ends = [p + n for p, n in zip(prefixes, lens, strict=True)]
+        self.slots = [table[row, :end].long() for row, end in zip(self._pool_rows(), ends, strict=True)]
         source = np.concatenate([r.source for r in self.reused])
         target = np.concatenate([r.positions for r in self.reused])
         if max(source.max(), target.max()) >= self.rotary.positions:
@@ -104,6 +105,13 @@ class StagedForward:
         self.first = first, self._attention(first)
         if self.policy.selects:
             self._prepare_probe()
+
+    def _pool_rows(self) -> list[int]:
+        """Rows of the requests in req_to_token; from the host's copy where it is complete, which spares a sync."""
+        batch = self.batch
+        known = batch.req_pool_indices_cpu
+        complete = known is not None and len(known) == batch.batch_size
+        return (known if complete else batch.req_pool_indices).tolist()  # type: ignore[union-attr]
 
     def _prepare_probe(self) -> None:
         repaired = [r for r in self.reused if not r.exact]
