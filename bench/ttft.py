@@ -200,7 +200,8 @@ def _table(result: dict[str, Any]) -> str:
             line += f"{row['match_ms']:>10.2f}"
         lines.append(line)
     host = result["host"]
-    cost = ", ".join(f"{name} {1e3 * value / max(1, host["batches"]):.2f} ms" for name, value in host["seconds"].items())
+    batches = max(1, host["batches"])
+    cost = ", ".join(f"{name} {1e3 * value / batches:.2f} ms" for name, value in host["seconds"].items())
     lines.append(f"host time per relayed batch: {cost}")
     return "\n".join(lines)
 

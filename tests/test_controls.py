@@ -168,7 +168,8 @@ def test_donate(server: Server, params: dict[str, Any], output: bool, prompt: bo
 def test_donating_all_does_not_donate_what_was_copied(server: Server, donor: list[int]) -> None:
     """Relayed text is its donor's to offer; donated again it would only grow deeper."""
     before = state(server)["index"]["donors"]
-    report = report_of(ask(server, prompt_with(donor, head=60, tail=60), 60, {"relay_donate": "all"}))
+    params = {"relay_policy": "rotate", "relay_donate": "all"}
+    report = report_of(ask(server, prompt_with(donor, head=60, tail=60), 60, params))
     assert reused(report) == len(donor) - 1
     # The head, the tail with the donor's last token, and the output.
     assert state(server)["index"]["donors"] - before == 3
@@ -176,15 +177,16 @@ def test_donating_all_does_not_donate_what_was_copied(server: Server, donor: lis
 
 def test_budget(server: Server, donor: list[int]) -> None:
     counts = {}
+    prompt = prompt_with(donor)
     for budget in (None, 0.1, 0.02):
         params = {"relay_policy": "relay", **({} if budget is None else {"relay_budget": budget})}
-        report = report_of(ask(server, prompt_with(donor), 1, params))
+        report = report_of(ask(server, prompt, 1, params))
         assert reused(report) == len(donor) - 1
         counts[budget] = report["recomputed"]
     assert counts[0.1] == int(0.1 * 119) < counts[None]
     assert counts[0.02] == int(0.02 * 119)
     # A budget of one is no cap, but a tier of its own.
-    report = report_of(ask(server, prompt_with(donor), 1, {"relay_policy": "relay", "relay_budget": 1}))
+    report = report_of(ask(server, prompt, 1, {"relay_policy": "relay", "relay_budget": 1}))
     assert report["recomputed"] == counts[None] and report["exact"] == 0
 
 

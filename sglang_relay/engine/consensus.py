@@ -2,9 +2,18 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import torch.distributed as dist
 import xxhash
+
+
+class Vote(NamedTuple):
+    """The same on all ranks. ok: every rank was ok; equal: all digests were equal."""
+
+    ok: bool
+    equal: bool
 
 
 class Consensus:
@@ -23,12 +32,16 @@ class Consensus:
 
     def agree(self, ok: bool, digest: int) -> bool:
         """True on all ranks if every rank is ok and all digests (63-bit) are equal; else False on all ranks."""
+        return all(self.vote(ok, digest))
+
+    def vote(self, ok: bool, digest: int) -> Vote:
+        """As ``agree``, telling apart a rank that failed from ranks that found different things."""
         if self._group is None:
-            return ok
+            return Vote(ok, True)
         votes = torch.tensor([int(ok), digest, -digest], dtype=torch.int64)
         dist.all_reduce(votes, op=dist.ReduceOp.MIN, group=self._group)
         all_ok, low, negated_high = votes.tolist()
-        return bool(all_ok) and low == -negated_high
+        return Vote(bool(all_ok), low == -negated_high)
 
     def broadcast(self, value: object) -> object:
         """Rank 0's value, on every rank."""

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from array import array
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
-from sglang.srt.mem_cache.base_prefix_cache import MatchPrefixParams, TreeLock
+from sglang.srt.mem_cache.base_prefix_cache import TreeLock
 from sglang.srt.mem_cache.radix_cache import RadixKey
 
 from sglang_relay.engine.namespaces import Tenant
@@ -32,15 +33,22 @@ def tokens_of(req: Req) -> np.ndarray:
 
 
 class Held(NamedTuple):
-    """Slots of a donor's run, int64 [n] with n possibly shorter than asked, and the lock that keeps them."""
+    """Slots of a donor's run, int64 [n] with n possibly shorter than asked, the lock that keeps them, and where they
+    were found."""
 
     slots: torch.Tensor
     lock: TreeLock | None
+    donor: int
+    key: RadixKey
 
 
 class Donors:
     """Looks donors up in the tree. The index stores token paths only; slots are resolved at each use, because inserts
-    rebind slots and eviction frees them without telling anyone."""
+    rebind slots and eviction frees them without telling anyone.
+
+    Looking up changes nothing in the tree, neither recency nor where nodes are split: tensor-parallel ranks may differ
+    in what they look up, and their trees must not. ``touch`` is for what all ranks have agreed to use.
+    """
 
     def __init__(self, tree: RelayCache, index: ContentIndex) -> None:
         self._tree = tree
@@ -53,14 +61,14 @@ class Donors:
             key = self._key(candidate.donor, candidate.source + length)
         except KeyError:
             return 0  # forgotten at an earlier candidate of the same donor
-        reached = self._tree.match_prefix(MatchPrefixParams(key=key)).device_prefix_len
+        reached, _ = self._find(key)
         if reached <= self._index.donor(candidate.donor).start:
             self._index.forget(candidate.donor)  # eviction takes a path from its end: nothing of the span is left
         return max(0, min(length, reached - candidate.source))
 
     def prefix_held(self, req: Req, space: Space, stop: int) -> int:
         """How many of the first ``stop`` tokens of ``req`` the namespace ``space`` holds."""
-        return self._tree.match_prefix(MatchPrefixParams(key=self._prefix_key(req, space, stop))).device_prefix_len
+        return min(stop, self._find(self._prefix_key(req, space, stop))[0])
 
     def hold(self, req: Req, space: Space | None, part: Candidate) -> Held | None:
         """Lock what the tree still holds of ``part``; None if nothing is left.
@@ -73,28 +81,44 @@ class Donors:
                 key = self._prefix_key(req, space, part.stop)
             else:
                 key = self._key(part.donor, part.source + length)
-                self._index.touch(part.donor)
         except KeyError:
             return None  # evicted from the index since admission
-        match = self._tree.match_prefix(MatchPrefixParams(key=key))
-        length = min(length, match.device_prefix_len - part.source)
+        reached, node = self._find(key)
+        length = min(length, reached - part.source)
         if length <= 0:
             return None
-        lock = self._tree.lock(match.last_device_node)
-        slots = self._tree.path_device_indices(match.last_device_node)
-        return Held(slots[part.source : part.source + length], lock)
+        lock = self._tree.lock(node)
+        slots = self._tree.path_device_indices(node)
+        return Held(slots[part.source : part.source + length], lock, part.donor, key)
 
-    def release(self, locks: list[TreeLock | None]) -> None:
-        while locks:
-            self._tree.unlock(locks.pop())
+    def touch(self, held: Iterable[Held]) -> None:
+        """Make what is used the most recently used, in the index and in the tree."""
+        for h in held:
+            self._index.touch(h.donor)
+            self._tree.touch_prefix(h.key)
+
+    def release(self, held: list[Held]) -> None:
+        while held:
+            self._tree.unlock(held.pop().lock)
+
+    def _find(self, key: RadixKey) -> tuple[int, int]:
+        """(tokens of ``key`` that the device holds, the node where they end)."""
+        reached, node, _ = self._tree.tree_core.match_full_device_prefix(key)
+        return reached, node
 
     def _key(self, donor: int, stop: int) -> RadixKey:
+        """The path of ``donor`` up to ``stop``, and to the end of the page that ``stop`` cuts if the span goes on."""
         record = self._index.donor(donor)
         path = array("q")
+        stop = min(self._page_end(stop), record.stop)
         path.frombytes(self._index.path(donor, stop).astype(np.int64).tobytes())
         tenant: Tenant = record.tenant  # type: ignore[assignment]
         return RadixKey(path, record.namespace, cache_salt=tenant.salt)
 
-    @staticmethod
-    def _prefix_key(req: Req, space: Space, stop: int) -> RadixKey:
-        return RadixKey(req.full_untruncated_fill_ids, space[0], cache_salt=space[1], limit=stop)
+    def _prefix_key(self, req: Req, space: Space, stop: int) -> RadixKey:
+        limit = self._page_end(stop)
+        return RadixKey(req.full_untruncated_fill_ids, space[0], cache_salt=space[1], limit=limit)
+
+    def _page_end(self, stop: int) -> int:
+        page = self._tree.page_size
+        return -(-stop // page) * page

@@ -65,8 +65,13 @@ class SchedulerHooks:
     # ------------------------------------------------------------------ requests and reports
 
     def create_request(self, req: Any, scheduler: Any, received: Any, *args: Any, **kwargs: Any) -> None:
+        key, failed = req.extra_key, None
         try:
             self.relay.adopt(req, has_multimodal=received.mm_inputs is not None)
+        except Exception as error:
+            failed = self.relay.failure("adopt", error)
+        try:
+            self.relay.agree_on(req, key, failed)
         except Exception as error:
             self.relay.failure("adopt", error)
 
@@ -90,7 +95,7 @@ class SchedulerHooks:
             original(batch, *args, **kwargs)
         except BaseException:
             if planned is not None:
-                self.relay.donors.release(planned.locks)
+                self.relay.donors.release(planned.held)
             raise
 
     def run_batch(self, original: Callable[..., Any], scheduler: Any, batch: Any, *args: Any, **kwargs: Any) -> Any:

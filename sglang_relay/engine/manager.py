@@ -12,12 +12,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from sglang.srt.managers.schedule_batch import FINISH_ABORT
-from sglang.srt.mem_cache.base_prefix_cache import TreeLock
 
 from sglang_relay.config import POLICIES, RelayConfig
 from sglang_relay.engine.accounting import begin_chunk, chunk_end, computed_spans, count_chunk, count_fallback
 from sglang_relay.engine.consensus import Consensus, digest_of
-from sglang_relay.engine.donors import EXACT_PREFIX, Donors, tokens_of
+from sglang_relay.engine.donors import EXACT_PREFIX, Donors, Held, tokens_of
 from sglang_relay.engine.guards import batch_reason, request_reason
 from sglang_relay.engine.matching import Matcher
 from sglang_relay.engine.namespaces import Namespaces, Tenant
@@ -48,7 +47,7 @@ class BatchPlan:
     policy: Policy
     plans: list[RelayPlan]
     reqs: list[Req]
-    locks: list[TreeLock | None]
+    held: list[Held]
     fell_back: str | None = None
 
 
@@ -87,6 +86,7 @@ class RelayManager:
         self.depths = DepthMap(base, max_entries=_DEPTH_MARKS)
         self.learnt = 0
         """Changes of the index so far: pieces chosen at an older count may have become better."""
+        self._restarts = 0
         self.donors = Donors(tree, self.index)
         self.matcher = Matcher(config, self.index, self.donors, self.depths, self.namespaces)
         self.layers = config.resolve_layer_range(num_layers)
@@ -125,6 +125,19 @@ class RelayManager:
         else:
             self.stats.decline(declined)
 
+    def agree_on(self, req: Req, key: str | None, failed: str | None) -> None:
+        """All ranks relay ``req`` in one namespace, or none does; ``key``: the client's extra_key."""
+        if self.unsupported or self.consensus.agree(failed is None, digest_of(req.rid, req.extra_key)):
+            return
+        reason = failed or "ranks_disagree"
+        req.extra_key, req.relay = key, None  # type: ignore[attr-defined]
+        controls = read_controls({"relay": "off"}, self.config)
+        report = new_report(None, reason)
+        req.customized_info = {**(req.customized_info or {}), REPORT_KEY: [report]}
+        state = RelayRequest(controls, Tenant(key, req.cache_salt, None), self.namespaces.epoch, report, reason)
+        req.relay = state  # type: ignore[attr-defined]
+        self.stats.decline(reason)
+
     def _admission_reason(self, req: Req, mode: str, tenant: Tenant, has_multimodal: bool) -> str | None:
         if self.unsupported:
             return f"unsupported:{self.unsupported[0]}"
@@ -156,14 +169,24 @@ class RelayManager:
             pieces = self.matcher.pieces(req, state)
         except Exception as error:
             failed = self.failure("match", error)
-        if not self.consensus.agree(failed is None, digest_of(req.rid, [tuple(p) for p in pieces])):
+        vote = self.consensus.vote(failed is None, digest_of(req.rid, [tuple(p) for p in pieces]))
+        if not all(vote):
             pieces = []
             self._decline(state, failed or "ranks_disagree")
+            if vote.ok:
+                self._start_over()
         state.pieces, state.pieces_version, state.pieces_from = pieces, self.learnt, req.prefix_len
         elapsed = time.perf_counter() - began
         state.report["match_ms"] = round(state.report["match_ms"] + 1e3 * elapsed, 3)
         self.stats.match_seconds += elapsed
         return state
+
+    def _start_over(self) -> None:
+        """All ranks found something, but not the same: their indices differ. Empty on all of them, with ids that none
+        has given out, they are alike again."""
+        self._restarts += 1
+        self.index.clear(first_id=self._restarts << 40)
+        self.learnt += 1
 
     # ------------------------------------------------------------------ plan
 
@@ -174,7 +197,7 @@ class RelayManager:
         """
         began = time.perf_counter()
         if self._outstanding is not None:
-            self.donors.release(self._outstanding.locks)
+            self.donors.release(self._outstanding.held)
         states = [relay_of(r) for r in batch.reqs]
         planned = self._agreed_plan(batch, states) if any(s is not None and s.relays for s in states) else None
         try:
@@ -208,8 +231,10 @@ class RelayManager:
         if not self.consensus.agree(reason is None, digest_of(batch.batch_size(), shape)):
             reason = reason or "ranks_disagree"
             if planned is not None:
-                self.donors.release(planned.locks)
+                self.donors.release(planned.held)
                 planned = None
+        elif planned is not None:
+            self.donors.touch(planned.held)
         for state in states:
             if reason is not None and state is not None and state.relays and state.pieces:
                 self._decline(state, reason)
@@ -218,7 +243,7 @@ class RelayManager:
     def _plan(self, batch: ScheduleBatch, states: list[RelayRequest | None]) -> BatchPlan | None:
         policy: Policy | None = None
         plans: list[RelayPlan] = []
-        locks: list[TreeLock | None] = []
+        held: list[Held] = []
         try:
             for row, (req, state) in enumerate(zip(batch.reqs, states, strict=True)):
                 if state is None or not state.relays or not state.pieces:
@@ -226,7 +251,7 @@ class RelayManager:
                 if policy is not None and self.policy_of(state) is not policy:
                     self._decline(state, "other_policy_in_batch")
                     continue
-                segments = self._segments(req, state, locks)
+                segments = self._segments(req, state, held)
                 if segments:
                     policy = self.policy_of(state)
                     plan = RelayPlan(row, req.prefix_len, chunk_end(req), tuple(segments), state.controls.budget)
@@ -236,11 +261,11 @@ class RelayManager:
                 return None
             self._check_memory(batch)
         except BaseException:
-            self.donors.release(locks)
+            self.donors.release(held)
             raise
-        return BatchPlan(policy, plans, list(batch.reqs), locks)
+        return BatchPlan(policy, plans, list(batch.reqs), held)
 
-    def _segments(self, req: Req, state: RelayRequest, locks: list[TreeLock | None]) -> list[Segment]:
+    def _segments(self, req: Req, state: RelayRequest, held: list[Held]) -> list[Segment]:
         segments: list[Segment] = []
         # The chunk's last row stays fresh: the logits processor reads it.
         low, high = req.prefix_len, chunk_end(req) - 1
@@ -249,12 +274,12 @@ class RelayManager:
             exact = piece.donor == EXACT_PREFIX
             if part.stop <= part.start or (exact and part.start != low):
                 continue  # an exact prefix that is not continued from its start is no prefix any more
-            held = self.donors.hold(req, state.prefix_key if exact else None, part)
-            if held is None:
+            found = self.donors.hold(req, state.prefix_key if exact else None, part)
+            if found is None:
                 continue
-            locks.append(held.lock)
-            stop = part.start + held.slots.numel()
-            segments.append(Segment(part.start, stop, part.source, piece.depth, held.slots, exact, piece.stop))
+            held.append(found)
+            stop = part.start + found.slots.numel()
+            segments.append(Segment(part.start, stop, part.source, piece.depth, found.slots, exact, piece.stop))
         return segments
 
     def _check_memory(self, batch: ScheduleBatch) -> None:
@@ -283,7 +308,7 @@ class RelayManager:
         except Exception as error:
             self.failure("finish", error)
         finally:
-            self.donors.release(planned.locks)
+            self.donors.release(planned.held)
             self._outstanding = None
 
     def _mark_depth(self, req: Req, state: RelayRequest, plan: RelayPlan) -> None:
@@ -310,6 +335,7 @@ class RelayManager:
         if state is None or not self._may_donate(state) or isinstance(req.finished_reason, FINISH_ABORT):
             return
         began = time.perf_counter()
+        self.learnt += 1  # before anything can fail: ranks must match again at the same requests
         try:
             page, prompt = self.tree.page_size, len(req.origin_input_ids)
             tokens = tokens_of(req)[: up_to // page * page]
@@ -328,7 +354,6 @@ class RelayManager:
         depth = self.depths.depth(req.extra_key, tokens, stop) if state.relays else 0
         if depth < self.config.max_depth:
             self.index.learn(state.tenant, req.extra_key, tokens, start, stop, depth)
-            self.learnt += 1
 
     def _may_donate(self, state: RelayRequest) -> bool:
         if self.unsupported or state.controls.donate == "none" or state.epoch != self.namespaces.epoch:

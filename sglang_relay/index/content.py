@@ -258,11 +258,12 @@ class ContentIndex:
             self.forget(donor)
         return len(doomed)
 
-    def clear(self) -> None:
-        """Drop everything and give the memory back. Ids go on, so that an id from before never names a later donor."""
+    def clear(self, first_id: int = 0) -> None:
+        """Drop everything and give the memory back. Ids go on, so that an id from before never names a later donor;
+        from `first_id` if that is greater."""
         self._blocks.clear()
         self._windows.clear()
-        self._donors.clear()
+        self._donors.clear(first_id)
 
     # -- state ---------------------------------------------------------------------------------------------------------
 

@@ -127,8 +127,9 @@ class DonorRecords:
     def capacity(self) -> int:
         return len(self.rows)
 
-    def clear(self) -> None:
-        """Drop all donors. Ids stay unique: none is ever given out twice."""
+    def clear(self, first_id: int = 0) -> None:
+        """Drop all donors. Ids stay unique: none is ever given out twice, and none below `first_id` from now on."""
+        self._next_id = max(self._next_id, first_id)
         self.tenants = Names()
         self.namespaces = Names()
         self.rows = np.full((0, COLUMNS), -1, np.int64)
