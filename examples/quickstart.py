@@ -244,7 +244,7 @@ def main() -> None:
     """Run the chain."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_server_arguments(parser)
-    parser.add_argument("--max-tokens", type=int, default=512, help="tokens that each agent writes (%(default)s)")
+    parser.add_argument("--max-tokens", type=int, default=640, help="tokens that each agent writes (%(default)s)")
     parser.add_argument("--repeats", type=int, default=3, help="timed prompts per agent and path (%(default)s)")
     parser.add_argument("--policy", help="relay policy: rotate, relay or full (default: the server's)")
     parser.add_argument("--lines", type=int, default=8, help="lines shown of each answer (%(default)s)")

@@ -78,7 +78,7 @@ class World:
         donor = Donor(prompt, answer["output_ids"])
         policy = self.policy(params["relay_policy"]) if segments else Full()
         self.donors.append(donor)
-        self._computed.append(self.reference.run(donor.path[:-1] + [3], segments or [], policy))
+        self._computed.append(self.reference.run([*donor.path[:-1], 3], segments or [], policy))
         return answer["meta_info"]["relay"]
 
     def prompt(self, case: Case) -> Prompt:

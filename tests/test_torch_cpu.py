@@ -66,7 +66,10 @@ def test_add_rms_norm_sees_the_unrounded_sum(dtype: torch.dtype) -> None:
     exact = x.double() + residual.double()
     assert total.dtype == out.dtype == dtype
     assert_near(total, exact, roundings=1.01)
-    assert_near(out, norm_fp64(exact, weight), roundings=4 if dtype == torch.float32 else 1.05)
+    normed = norm_fp64(exact, weight)
+    # Element by element: a sum that is rounded first costs each element up to a rounding more.
+    allowed = normed.abs() * rounding(dtype) * (6 if dtype == torch.float32 else 1.05) + 1e-7
+    assert ((out.double() - normed).abs() <= allowed).all()
     assert torch.equal(residual, before)
 
 
@@ -93,13 +96,15 @@ def rotate_fp64(x: torch.Tensor, angles: torch.Tensor, *, neox: bool) -> torch.T
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("neox", [True, False])
 @pytest.mark.parametrize("rotary_dim", [32, 16])
-@pytest.mark.parametrize("layout", ["qkv", "apart", "heads"])
+@pytest.mark.parametrize("layout", ["qkv", "qvk", "apart", "heads"])
 def test_rotate_pair(dtype: torch.dtype, neox: bool, rotary_dim: int, layout: str) -> None:
     tokens, heads, kv_heads, dim = 6, 4, 2, 32
     qkv = normal(tokens, (heads + 2 * kv_heads) * dim, dtype=dtype)
-    query, key, _ = qkv.split([heads * dim, kv_heads * dim, kv_heads * dim], dim=-1)
+    query, key, value = qkv.split([heads * dim, kv_heads * dim, kv_heads * dim], dim=-1)
     if layout == "apart":
         query, key = query.clone(), key.clone()
+    elif layout == "qvk":
+        key = value
     elif layout == "heads":
         query, key = query.unflatten(-1, (heads, dim)), key.unflatten(-1, (kv_heads, dim))
     before = qkv.clone()

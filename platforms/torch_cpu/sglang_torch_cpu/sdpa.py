@@ -47,14 +47,12 @@ def gather(buffer: torch.Tensor, slots: torch.Tensor | slice) -> torch.Tensor:
 
 
 def causal_mask(rows: int, keys: int, dtype: torch.dtype) -> torch.Tensor:
-    """Additive bottom-right causal mask ``[rows, keys]``: its last ``r`` rows and ``n`` columns mask `r` queries that
-    are the last of `n` keys.
+    """Additive bottom-right causal mask ``[rows, keys]``, rows <= keys.
+
+    Its last ``r`` rows and ``n`` columns are the mask of ``r`` queries that are the last of ``n`` keys.
     """
     mask = torch.zeros(rows, keys, dtype=dtype)
-    width = min(rows, keys)
-    mask[:, keys - width :].masked_fill_(
-        torch.ones(rows, width, dtype=torch.bool).triu_(1 + width - rows), float("-inf")
-    )
+    mask[:, keys - rows :].masked_fill_(torch.ones(rows, rows, dtype=torch.bool).triu_(1), float("-inf"))
     return mask
 
 
