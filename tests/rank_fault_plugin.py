@@ -1,5 +1,5 @@
-"""An SGLang plugin that breaks one tensor-parallel rank (test_tp_faults.py). Runs inside the server's processes; must not
-import from the tests. Which fault is in force is the text of the file that RELAY_TEST_FAULT names."""
+"""An SGLang plugin that breaks one tensor-parallel rank (test_tp_faults.py). Runs inside the server's processes; must
+not import from the tests. Which fault is in force is the text of the file that RELAY_TEST_FAULT names."""
 
 from __future__ import annotations
 
