@@ -73,6 +73,16 @@ def pool(scheduler: Any) -> dict[str, int]:
     return {"running": _running(scheduler), "held": scheduler.max_total_num_tokens - free, "peak": peak}
 
 
+def hooked(scheduler: Any) -> list[str]:
+    """Functions of SGLang that the relay has hooked in this process."""
+    patched = HookRegistry._patched
+    return sorted(
+        target
+        for target, hooks in HookRegistry._hooks.items()
+        if target in patched and any(source is not None and source.plugin_name == "relay" for *_, source in hooks)
+    )
+
+
 def secret(scheduler: Any) -> str:
     return scheduler.tree_cache.relay.namespaces.secret
 
@@ -135,4 +145,4 @@ def break_(scheduler: Any, what: str | None) -> str | None:
     return what
 
 
-QUESTIONS: dict[str, Any] = {"rows": rows, "pool": pool, "secret": secret, "break": break_}
+QUESTIONS: dict[str, Any] = {"rows": rows, "pool": pool, "hooked": hooked, "secret": secret, "break": break_}

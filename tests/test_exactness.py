@@ -20,6 +20,7 @@ from server import Server
 from tiny_model import make_tiny_llama
 
 VOCAB = 1024
+LAYERS = 3
 COUNT = 200
 AT_ONCE = 8
 DONORS = 12
@@ -96,7 +97,7 @@ def ask_plain(server: Server, plain: Sequence[list[int]], **custom: Any) -> list
 
 @pytest.fixture(scope="module")
 def stock(tmp_path_factory: pytest.TempPathFactory) -> Stock:
-    model = make_tiny_llama(tmp_path_factory.mktemp("tiny"), vocab=VOCAB)
+    model = make_tiny_llama(tmp_path_factory.mktemp("tiny"), vocab=VOCAB, layers=LAYERS)
     rng = random.Random(11)
     with Server(model, *CHUNKED, *POOL) as server:
         heads = [random_tokens(rng.randint(16, 48), rng, VOCAB) for _ in range(DONORS)]

@@ -153,7 +153,7 @@ def test_extend_equals_dense_attention(dtype: torch.dtype, rows: int, prefix: in
     # Wider and longer than this sequence needs, as in a batch with longer ones.
     mask = sdpa.causal_mask(min(sdpa.BLOCK_ROWS, rows + 3), kv_len + 11, dtype)
 
-    sdpa.extend(query, *(x.transpose(0, 1)[None] for x in (key, value)), 0.2, mask, out)
+    sdpa.extend(query, key.transpose(0, 1)[None], value.transpose(0, 1)[None], 0.2, mask, out)
 
     assert_near(out, attention_fp64(query, key, value, 0.2), roundings=16 if dtype == torch.float32 else 4)
 
