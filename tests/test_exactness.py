@@ -21,9 +21,12 @@ from tiny_model import make_tiny_llama
 
 VOCAB = 1024
 LAYERS = 3
+"""With 6, two stock servers that differ in nothing but the chunk size already differ by 9.5e-6 over these prompts."""
 COUNT = 200
 AT_ONCE = 8
 DONORS = 12
+SHORTEST = 32
+"""Tokens; the shortest run that is reused."""
 SPARE = 17
 """Last tokens of a donor that no prompt uses: a tree of page 16 holds whole pages only."""
 BOUND = 1e-5
@@ -120,7 +123,7 @@ class Relay(NamedTuple):
 def relay(stock: Stock, request: pytest.FixtureRequest) -> Iterator[Relay]:
     kind = KINDS[request.param]
     # By default a prompt must hold more than its shortest segment before it is worth relaying.
-    env = {"SGLANG_RELAY_MIN_RELAYED": "32", **kind.env}
+    env = {"SGLANG_RELAY_MIN_SEGMENT": str(SHORTEST), "SGLANG_RELAY_MIN_RELAYED": str(SHORTEST), **kind.env}
     with Server(stock.model, "--radix-cache-backend", "relay", *POOL, *kind.args, env=env) as server:
         yield Relay(server, kind, decode_donors(server, [d.prompt for d in stock.donors], relay="exact"))
 
@@ -157,8 +160,8 @@ def check_report(report: dict[str, Any], prompt: Prompt) -> int:
     assert report["declined"] is None and report["depth"] == 0, report
     assert report["relayed"] == report["exact"] == 0 and recomputed + report["fresh"] == len(prompt.tokens), report
     lost = prompt.matched - recomputed
-    # Eight prompts share a chunk, so a chunk may end after few of their tokens.
-    assert recomputed > 0 and 0 <= lost < AT_ONCE, (report, prompt)
+    # What a chunk end leaves of a piece may be too short to be matched anew, after others have finished meanwhile.
+    assert recomputed > 0 and 0 <= lost < SHORTEST + AT_ONCE, (report, prompt)
     return lost
 
 

@@ -22,6 +22,10 @@ ANSWER_WITHIN = 120.0
 """Seconds; far more than an answer takes, far less than a collective waits for a rank that does not come."""
 
 
+def slow(fault: str) -> Any:
+    return pytest.param(fault, marks=pytest.mark.slow)
+
+
 class Ranks:
     """A server of two ranks, of which a fault can break the second."""
 
@@ -107,11 +111,11 @@ def test_ranks_relay_together(ranks: Ranks, policy: str) -> None:
     ranks.relays(policy)
 
 
-@pytest.mark.parametrize("fault", ["adopt", "match", "plan", "prepare", "select", "other_rows"])
+@pytest.mark.parametrize("fault", ["adopt", "match", "prepare", *map(slow, ("plan", "select", "other_rows"))])
 def test_one_broken_rank_makes_all_decline(ranks: Ranks, fault: str) -> None:
     ranks.relays()
     ranks.fault(fault)
-    for _ in range(3):
+    for _ in range(2):
         assert ranks.declines() == "ranks_disagree"
     ranks.fault("")
     ranks.relays()
@@ -120,7 +124,7 @@ def test_one_broken_rank_makes_all_decline(ranks: Ranks, fault: str) -> None:
     ranks.relays()
 
 
-@pytest.mark.parametrize("fault", ["other_segments", "learn"])
+@pytest.mark.parametrize("fault", ["other_segments", slow("learn")])
 def test_rank_whose_index_differs(ranks: Ranks, fault: str) -> None:
     """The ranks decline, empty their indices together, and go on with what they learn from then on."""
     ranks.fault(fault)
