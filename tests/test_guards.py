@@ -3,15 +3,23 @@ client."""
 
 from __future__ import annotations
 
+import json
 import random
+import shutil
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
-from plugins import Inspector
+import requests
+from plugins import Inspector, install_plugin
 from server import Server, ServerError
+from sglang.srt.server_args import ServerArgs
 from tiny_model import make_tiny_llama
+
+from sglang_relay.engine import guards
 
 VOCAB = 1024
 
@@ -90,6 +98,59 @@ def test_hidden_states_are_declined_by_name(server: Server, rng: random.Random) 
     answer = ask(server, consumer(server, rng), fields={"return_hidden_states": True})
     assert report_of(answer)["declined"] == "hidden_states_requested"
     assert answer["meta_info"]["hidden_states"]
+
+
+def test_input_embeddings_never_relay(server: Server, rng: random.Random) -> None:
+    """SGLang refuses them beside a radix cache; the refusal harms nobody."""
+    embeddings = [[0.0] * 128] * 9
+    with pytest.raises(requests.HTTPError):
+        server.post("/generate", {"input_embeds": embeddings, "sampling_params": {"max_new_tokens": 1}})
+    assert report_of(ask(server, consumer(server, rng)))["segments"] == 1
+
+
+# ---------------------------------------------------------------------- batches
+
+
+def batch(server: Server, requests_of_batch: list[tuple[list[int], dict[str, Any], dict[str, Any]]]) -> list[Any]:
+    """Answers of requests (prompt, fields, controls) that the scheduler finds in its queue at the same time."""
+    server.post("/pause_generation", {"mode": "in_place"})
+    with ThreadPoolExecutor(len(requests_of_batch)) as pool:
+        asked = [pool.submit(ask, server, prompt, 8, fields, **params) for prompt, fields, params in requests_of_batch]
+        time.sleep(1.0)  # a request that comes later forms a batch of its own, and the caller's check finds that out
+        server.post("/continue_generation", {})
+        return [a.result() for a in asked]
+
+
+def test_one_policy_per_batch(server: Server, rng: random.Random) -> None:
+    prompts = [consumer(server, rng) for _ in range(2)]
+    answers = batch(server, [(prompts[0], {}, {"relay_policy": "rotate"}), (prompts[1], {}, {"relay_policy": "relay"})])
+    reports = sorted((report_of(a) for a in answers), key=lambda r: r["declined"] or "")
+    assert reports[0]["declined"] is None and reports[0]["segments"] == 1
+    assert reports[1]["declined"] == "other_policy_in_batch" and reports[1]["segments"] == 0
+
+
+def test_hidden_states_of_one_request_make_its_batch_run_stock(server: Server, rng: random.Random) -> None:
+    prompt = consumer(server, rng)
+    with_states, relayed = batch(
+        server, [(tokens(rng, 40), {"return_hidden_states": True}, {}), (prompt, {}, {"relay_policy": "rotate"})]
+    )
+    assert report_of(with_states)["declined"] == "hidden_states_requested"
+    assert len(with_states["meta_info"]["hidden_states"][0]) == 40
+    assert report_of(relayed)["declined"] == "hidden_states_in_batch" and report_of(relayed)["segments"] == 0
+    assert relayed["output_ids"] == ask(server, prompt, relay="off")["output_ids"]
+
+
+def test_a_failure_makes_the_whole_batch_run_stock(server: Server, inspector: Inspector, rng: random.Random) -> None:
+    prompts = [consumer(server, rng), consumer(server, rng), tokens(rng, 50)]
+    inspector.break_(server, "forward")
+    try:
+        answers = batch(server, [(prompt, {}, {"relay_policy": "rotate"}) for prompt in prompts])
+    finally:
+        inspector.break_(server, None)
+    declined = [report_of(a)["declined"] for a in answers]
+    assert declined == ["internal_error:forward", "internal_error:forward", "nothing_to_reuse"]
+    for prompt, answer in zip(prompts, answers, strict=True):
+        assert answer["output_ids"] == ask(server, prompt, relay="off")["output_ids"]
 
 
 # ---------------------------------------------------------------------- host failures
@@ -177,9 +238,108 @@ def test_an_unsuitable_server_serves_stock_and_says_why(model: Path, args: tuple
         answer = server.generate([5, 6, 7], max_new_tokens=4, ignore_eos=True)
         state = server.get("/server_info")["internal_states"][0]["relay"]
         log = server.log()
-    assert answer["meta_info"]["relay"]["declined"] == f"unsupported:{reason}"
-    assert reason in state["unsupported"] and not state["active"]
+    check_stock(answer, state, log, reason)
+
+
+def check_stock(answer: Any, state: dict[str, Any], log: str, reason: str) -> None:
+    report = report_of(answer)
+    assert report["declined"] == f"unsupported:{reason}"
+    assert report["exact"] + report["fresh"] == answer["meta_info"]["prompt_tokens"]
+    assert state["unsupported"] == [reason] and not state["active"]
     assert f"relay: off, this server is served stock: {reason}" in log
+
+
+NO_ROTATION = """
+def load():
+    from sglang.srt.models.llama import LlamaAttention
+
+    def prepare(self, positions, hidden_states):
+        qkv, _ = self.qkv_proj(hidden_states)
+        q, k, v = qkv.split([self.q_size, self.kv_size, self.kv_size], dim=-1)
+        if self.attn.layer_id != 2:
+            q, k = self.rotary_emb(positions, q, k)
+        return q, k, v
+
+    LlamaAttention.forward_prepare_native = prepare
+"""
+"""A Llama whose third layer knows no positions, as some published models have."""
+
+
+def test_a_layer_without_rotation_is_found(model: Path, tmp_path: Path) -> None:
+    """Its modules look like the others': only its keys tell."""
+    env = install_plugin(tmp_path / "no_rotation", "relay_test_no_rotation", NO_ROTATION)
+    with Server(model, "--radix-cache-backend", "relay", env=env) as server:
+        answers = [ask(server, [5, 6, 7] * 20) for _ in range(2)]
+        state = server.get("/server_info")["internal_states"][0]["relay"]
+        log = server.log()
+    assert "keys of layers [2] do not follow" in log
+    assert [report_of(a)["exact"] for a in answers] == [0, 59]
+    for answer in answers:
+        check_stock(answer, state, log, "layers_without_rotation")
+
+
+@pytest.mark.slow
+def test_a_model_that_cannot_run_a_range_of_its_layers(model: Path, tmp_path: Path) -> None:
+    other = shutil.copytree(model, tmp_path / "olmo2")
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(
+        json.dumps(config | {"architectures": ["Olmo2ForCausalLM"], "model_type": "olmo2"})
+    )
+    with Server(other, "--radix-cache-backend", "relay", "--load-format", "dummy") as server:
+        answer = ask(server, [5, 6, 7] * 20)
+        state = server.get("/server_info")["internal_states"][0]["relay"]
+        check_stock(answer, state, server.log(), "model_without_layer_split")
+
+
+@pytest.mark.slow
+def test_quantised_kv(model: Path) -> None:
+    with Server(model, "--radix-cache-backend", "relay", "--kv-cache-dtype", "fp8_e5m2") as server:
+        answer = ask(server, [5, 6, 7] * 20)
+        state = server.get("/server_info")["internal_states"][0]["relay"]
+        check_stock(answer, state, server.log(), "quantised_kv")
+
+
+@pytest.mark.slow
+def test_an_embedding_server(model: Path) -> None:
+    with Server(model, "--radix-cache-backend", "relay", "--is-embedding") as server:
+        assert len(server.post("/encode", {"input_ids": [5, 6, 7]})["embedding"]) == 128
+        state = server.get("/server_info")["internal_states"][0]["relay"]
+    assert state["unsupported"] == ["embedding_model"] and not state["active"]
+
+
+@pytest.mark.parametrize(
+    ("reason", "field", "value"),
+    [
+        ("pipeline_parallel", "pp_size", 2),
+        ("dp_attention", "enable_dp_attention", True),
+        ("context_parallel", "attn_cp_size", 2),
+        ("context_parallel", "dcp_size", 2),
+        ("context_parallel", "enable_prefill_cp", True),
+        ("speculative_decoding", "speculative_algorithm", "NGRAM"),
+        ("speculative_decoding", "speculative_algorithm", "EAGLE"),
+        ("pd_disaggregation", "disaggregation_mode", "prefill"),
+        ("pd_disaggregation", "disaggregation_mode", "decode"),
+        ("two_batch_overlap", "enable_two_batch_overlap", True),
+        ("two_batch_overlap", "enable_single_batch_overlap", True),
+        ("pd_multiplexing", "enable_pdmux", True),
+        ("deterministic_inference", "enable_deterministic_inference", True),
+        ("diffusion_llm", "dllm_algorithm", "LowConfidence"),
+        ("elastic_ep", "elastic_ep_backend", "mooncake"),
+        ("retraction_host_backup", "disaggregation_decode_retraction_backup", "host_pool"),
+        ("external_kv_store", "enable_lmcache", True),
+        ("external_kv_store", "enable_unified_cache_external_linker", True),
+        ("unified_memory", "enable_unified_memory", True),
+        ("kv_canary", "kv_canary", "log"),
+        ("session_radix_cache", "enable_session_radix_cache", True),
+    ],
+)
+def test_deployments_that_cannot_start_here_are_named(model: Path, reason: str, field: str, value: object) -> None:
+    """On SGLang's own, unresolved arguments: the guard must know the field by its name."""
+    args = ServerArgs(model_path=str(model))
+    assert hasattr(args, field)
+    assert not any(hit for _, hit in guards._deployment(args))
+    setattr(args, field, value)
+    assert [name for name, hit in guards._deployment(args) if hit] == [reason]
 
 
 @pytest.mark.parametrize(

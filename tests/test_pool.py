@@ -17,9 +17,14 @@ from tiny_model import make_tiny_llama
 VOCAB = 1024
 POOL = 2560
 AT_ONCE = 8
+ROUND = 80
+"""Requests between two moments at which the server is idle, so that a flush goes through."""
+ABORTED = (13, 5)
+"""Of 13 requests the client aborts number 5."""
 STRICT = {
     "SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_BUSY": "2",
     "SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_IDLE": "1",
+    "SGLANG_CHECK_KV_PAGE_INVARIANTS": "1",
     "SGLANG_TEST_RETRACT": "1",
     "SGLANG_TEST_RETRACT_INTERVAL": "9",
     "SGLANG_RELAY_MIN_RELAYED": "32",
@@ -48,14 +53,20 @@ class Storm:
         self._lock = threading.Lock()
 
     def run(self) -> Tally:
+        answers: list[dict[str, Any]] = []
         with ThreadPoolExecutor(AT_ONCE) as pool:
-            answers = list(pool.map(self._one, range(self.count)))
+            for first in range(0, self.count, ROUND):
+                answers += pool.map(self._one, range(first, min(first + ROUND, self.count)))
+                self._between_rounds(first // ROUND)
         metas = [a["meta_info"] for a in answers]
         finished = [m for m in metas if m["finish_reason"]["type"] != "abort"]
+        for number, meta in enumerate(metas):
+            every, which = ABORTED
+            assert meta in finished or number % every == which, f"failed, though nobody aborted it: {meta}"
         for meta in finished:
             report = meta["relay"]
-            total = report["exact"] + report["relayed"] + report["recomputed"] + report["fresh"]
-            assert total == meta["prompt_tokens"], meta
+            counts = [report[kind] for kind in ("exact", "relayed", "recomputed", "fresh")]
+            assert min(counts) >= 0 and sum(counts) == meta["prompt_tokens"], meta
         return Tally(
             sum(m["relay"]["relayed"] + m["relay"]["recomputed"] for m in finished),
             len(metas) - len(finished),
@@ -80,7 +91,7 @@ class Storm:
                 },
             },
         }
-        if number % 13 == 5:
+        if number % ABORTED[0] == ABORTED[1]:
             delay = threading.Timer(rng.uniform(0.02, 0.3), self._abort, (rid,))
             delay.start()
         answer = self.server.post("/generate", body)
@@ -99,6 +110,14 @@ class Storm:
 
     def _abort(self, rid: str) -> None:
         requests.post(self.server.url + "/abort_request", json={"rid": rid}, timeout=60)
+
+    def _between_rounds(self, number: int) -> None:
+        """The server is idle: flushes and weight updates go through, and the idle check looks at every slot."""
+        if number % 3 == 0:
+            self.server.post("/flush_cache", timeout=60)
+        else:
+            body = {"model_path": str(self.model), "flush_cache": number % 3 == 1}
+            assert self.server.post("/update_weights_from_disk", body)["success"]
 
     def _disturb(self, number: int) -> None:
         """A flush is refused while requests run, and a weight update then fails to flush: both must be harmless."""

@@ -79,7 +79,7 @@ class FrontEnd:
             return
         meta_info.pop(REPORT_KEY)
         if value:
-            meta_info[REPORT_KEY] = self._reports[meta_info["id"]] = value[0]
+            meta_info[REPORT_KEY] = self._reports[meta_info["id"]] = _counted(value[0], meta_info)
             while len(self._reports) > _KEPT:
                 self._reports.popitem(last=False)
 
@@ -111,6 +111,14 @@ class FrontEnd:
         seen.add(rid)
         body["sglext"] = {**(body.get("sglext") or {}), REPORT_KEY: self._reports.pop(rid)}
         return f"{_DATA}{json.dumps(body, ensure_ascii=False)}\n\n"
+
+
+def _counted(report: dict[str, Any], meta_info: dict[str, Any]) -> dict[str, Any]:
+    """``report``, with the counts that a scheduler does not take where it hooks nothing: all is prefix hit or fresh."""
+    if (report["declined"] or "").startswith("unsupported:"):
+        cached = meta_info.get("cached_tokens", 0)
+        return report | {"exact": cached, "fresh": meta_info["prompt_tokens"] - cached}
+    return report
 
 
 def _with_extension(response: Any, reports: list[Any]) -> Any:
