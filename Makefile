@@ -9,6 +9,9 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PYTHON ?= python3.11
 
+# Two files at a time; a file's tests share their servers, so they stay together.
+PYTEST = $(BIN)/python -m pytest -n 2 --dist loadfile
+
 PIP_INSTALL = $(BIN)/python -m pip install -q --disable-pip-version-check
 
 .PHONY: help setup demo test test-all lint format clean
@@ -34,10 +37,10 @@ demo: setup ## a chain of three agents, timed with and without relay
 	@$(BIN)/python examples/quickstart.py
 
 test: setup ## the tests, without the long runs
-	@$(BIN)/python -m pytest -m "not slow"
+	@$(PYTEST) -m "not slow"
 
 test-all: setup ## all tests
-	@$(BIN)/python -m pytest
+	@$(PYTEST)
 
 lint: setup ## ruff and pyright
 	@$(BIN)/ruff check .

@@ -23,7 +23,14 @@ setup(
     extras_require={
         # gguf: reads and independently unpacks the GGUF weights that `fetch-model` converts.
         "models": ["gguf>=0.19"],
-        "dev": ["gguf>=0.19", "hypothesis>=6.150", "pyright==1.1.414", "pytest>=9", "ruff==0.17.6"],
+        "dev": [
+            "gguf>=0.19",
+            "hypothesis>=6.150",
+            "pyright==1.1.414",
+            "pytest>=9",
+            "pytest-xdist>=3.6",
+            "ruff==0.17.6",
+        ],
     },
     entry_points={
         "sglang.srt.plugins": ["relay = sglang_relay.engine.plugin:load"],
