@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import time
 from array import array
 from pathlib import Path
 from typing import Any
@@ -83,6 +84,23 @@ def hooked(scheduler: Any) -> list[str]:
     )
 
 
+def gather(scheduler: Any, count: int) -> None:
+    """Schedule nothing, once a request has come, before ``count`` of them wait (or half a minute has passed)."""
+    original = scheduler.ingest_requests
+
+    def ingest() -> Any:
+        result = original()
+        if scheduler.waiting_queue:
+            deadline = time.monotonic() + 30
+            while len(scheduler.waiting_queue) < count and time.monotonic() < deadline:
+                time.sleep(0.001)
+                original()
+            del scheduler.ingest_requests
+        return result
+
+    scheduler.ingest_requests = ingest
+
+
 def secret(scheduler: Any) -> str:
     return scheduler.tree_cache.relay.namespaces.secret
 
@@ -121,7 +139,8 @@ def _places(scheduler: Any) -> dict[str, Any]:
         "match": (index.ContentIndex, "match", _raising),
         "plan": (RelayPlan, "check", _raising),
         "prepare": (forward.StagedForward, "prepare", _raising),
-        "forward": (forward, "realign", _raising),
+        "place": (forward, "realign", _raising),
+        "forward": (forward.StagedForward, "run", _raising),
         "select": (DeviationPolicy, "select", _raising),
         "learn": (index.ContentIndex, "learn", _raising),
         "slots": _corrupt_slots(scheduler),
@@ -145,4 +164,11 @@ def break_(scheduler: Any, what: str | None) -> str | None:
     return what
 
 
-QUESTIONS: dict[str, Any] = {"rows": rows, "pool": pool, "hooked": hooked, "secret": secret, "break": break_}
+QUESTIONS: dict[str, Any] = {
+    "rows": rows,
+    "pool": pool,
+    "hooked": hooked,
+    "gather": gather,
+    "secret": secret,
+    "break": break_,
+}

@@ -6,7 +6,6 @@ from __future__ import annotations
 import json
 import random
 import shutil
-import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -111,28 +110,33 @@ def test_input_embeddings_never_relay(server: Server, rng: random.Random) -> Non
 # ---------------------------------------------------------------------- batches
 
 
-def batch(server: Server, requests_of_batch: list[tuple[list[int], dict[str, Any], dict[str, Any]]]) -> list[Any]:
+def batch(server: Server, inspector: Inspector, wanted: list[tuple[list[int], dict[str, Any], dict[str, Any]]]) -> Any:
     """Answers of requests (prompt, fields, controls) that the scheduler finds in its queue at the same time."""
-    server.post("/pause_generation", {"mode": "in_place"})
-    with ThreadPoolExecutor(len(requests_of_batch)) as pool:
-        asked = [pool.submit(ask, server, prompt, 8, fields, **params) for prompt, fields, params in requests_of_batch]
-        time.sleep(1.0)  # a request that comes later forms a batch of its own, and the caller's check finds that out
-        server.post("/continue_generation", {})
+    inspector.ask(server, "gather", count=len(wanted))
+    with ThreadPoolExecutor(len(wanted)) as pool:
+        asked = [pool.submit(ask, server, prompt, 8, fields, **params) for prompt, fields, params in wanted]
         return [a.result() for a in asked]
 
 
-def test_one_policy_per_batch(server: Server, rng: random.Random) -> None:
+def test_one_policy_per_batch(server: Server, inspector: Inspector, rng: random.Random) -> None:
     prompts = [consumer(server, rng) for _ in range(2)]
-    answers = batch(server, [(prompts[0], {}, {"relay_policy": "rotate"}), (prompts[1], {}, {"relay_policy": "relay"})])
+    wanted = [
+        (prompt, {}, {"relay_policy": policy}) for prompt, policy in zip(prompts, ("rotate", "relay"), strict=True)
+    ]
+    answers = batch(server, inspector, wanted)
     reports = sorted((report_of(a) for a in answers), key=lambda r: r["declined"] or "")
     assert reports[0]["declined"] is None and reports[0]["segments"] == 1
     assert reports[1]["declined"] == "other_policy_in_batch" and reports[1]["segments"] == 0
 
 
-def test_hidden_states_of_one_request_make_its_batch_run_stock(server: Server, rng: random.Random) -> None:
+def test_hidden_states_of_one_request_make_its_batch_run_stock(
+    server: Server, inspector: Inspector, rng: random.Random
+) -> None:
     prompt = consumer(server, rng)
     with_states, relayed = batch(
-        server, [(tokens(rng, 40), {"return_hidden_states": True}, {}), (prompt, {}, {"relay_policy": "rotate"})]
+        server,
+        inspector,
+        [(tokens(rng, 40), {"return_hidden_states": True}, {}), (prompt, {}, {"relay_policy": "rotate"})],
     )
     assert report_of(with_states)["declined"] == "hidden_states_requested"
     assert len(with_states["meta_info"]["hidden_states"][0]) == 40
@@ -144,7 +148,7 @@ def test_a_failure_makes_the_whole_batch_run_stock(server: Server, inspector: In
     prompts = [consumer(server, rng), consumer(server, rng), tokens(rng, 50)]
     inspector.break_(server, "forward")
     try:
-        answers = batch(server, [(prompt, {}, {"relay_policy": "rotate"}) for prompt in prompts])
+        answers = batch(server, inspector, [(prompt, {}, {"relay_policy": "rotate"}) for prompt in prompts])
     finally:
         inspector.break_(server, None)
     declined = [report_of(a)["declined"] for a in answers]
@@ -159,6 +163,7 @@ FAULTS = {
     "match": "internal_error:match",
     "plan": "internal_error:plan",
     "prepare": "internal_error:prepare",
+    "place": "internal_error:place",
     "forward": "internal_error:forward",
     "select": "internal_error:select",
     "slots": "bad_plan",
@@ -335,7 +340,7 @@ def test_an_embedding_server(model: Path) -> None:
 )
 def test_deployments_that_cannot_start_here_are_named(model: Path, reason: str, field: str, value: object) -> None:
     """On SGLang's own, unresolved arguments: the guard must know the field by its name."""
-    args = ServerArgs(model_path=str(model))
+    args = ServerArgs(**{"model_path": str(model)})
     assert hasattr(args, field)
     assert not any(hit for _, hit in guards._deployment(args))
     setattr(args, field, value)

@@ -53,7 +53,8 @@ class _Reused:
 
 
 class StagedForward:
-    """One relay forward. ``prepare`` is host work that may fail; ``run`` launches."""
+    """One relay forward. ``prepare`` and ``place`` may fail on one rank alone, so the ranks agree after them; ``run``
+    holds collectives, and a host failure of one rank inside the model's own code would leave the others waiting."""
 
     def __init__(self, runner: Any, batch: ForwardBatch, planned: BatchPlan, rotary: DeltaRotary) -> None:
         self.runner = runner
@@ -135,6 +136,7 @@ class StagedForward:
 
     # ------------------------------------------------------------------ run
 
+    @torch.no_grad()
     def place(self) -> None:
         """Copy donor K and V to the requests' own slots, keys turned to their new positions, in all layers."""
         pool = self.runner.token_to_kv_pool
@@ -312,19 +314,20 @@ def relay_forward(
     """
     began = time.perf_counter()
     staged = StagedForward(runner, batch, planned, rotary)
-    reason = None
+    reason, step = None, "prepare"
     try:
         staged.prepare()
+        step = "place"
+        staged.place()
     except Decline as decline:
         reason = decline.reason
         relay.log_once(reason, str(decline))
     except Exception as error:
-        reason = relay.failure("prepare", error)
+        reason = relay.failure(step, error)
+    placed = time.perf_counter()
     if relay.consensus.agree(reason is None, len(planned.plans)):
         try:
             with torch.no_grad():
-                staged.place()
-                placed = time.perf_counter()
                 logits, selected = staged.run(relay)
         except Decline as decline:
             reason = decline.reason
