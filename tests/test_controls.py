@@ -403,10 +403,12 @@ def test_server_info(server: Server, donor: list[int]) -> None:
     assert "hooks in force" in server.log()
 
 
-def test_counters_move_with_the_requests(server: Server, donor: list[int]) -> None:
+@pytest.mark.parametrize("policy", ["rotate", "relay", "full"])
+def test_counters_move_with_the_requests(server: Server, donor: list[int], policy: str) -> None:
     before = stats(server)
-    report = report_of(ask(server, prompt_with(donor), 1, {"relay_policy": "relay"}))
-    ask(server, tokens(20, 60), 1, {"relay": "off"})
+    # One chunk under every policy.
+    report = report_of(ask(server, prompt_with(donor[:90], head=20), 1, {"relay_policy": policy}))
+    ask(server, tokens(20, next(SEEDS)), 1, {"relay": "off"})
     after = stats(server)
 
     def moved(*path: str) -> int:

@@ -1,19 +1,14 @@
 """Delta rotation against SGLang's own rotary embeddings, and both against the formulas in fp64."""
 
 import math
-import os
 from typing import Any, NamedTuple
 
 import pytest
 import torch
+from sglang.srt.layers.rotary_embedding import get_rope
 from torch import Tensor
 
 from sglang_relay.rotary import DeltaRotary, additive_error, is_static_table
-
-if "SGLANG_PLATFORM" not in os.environ:  # SGLang's rotary modules need one platform or another
-    os.environ.setdefault("SGLANG_USE_CPU_ENGINE", "1")
-
-from sglang.srt.layers.rotary_embedding import get_rope
 
 FAR = 131072
 HEADS = 3

@@ -325,7 +325,8 @@ class RelayManager:
             if state is not None:
                 state.report["relayed"] -= count
                 state.report["recomputed"] += count
-            self.stats.repaired(count)
+            whole = sum(s.length for s in plan.segments if not s.exact) if planned.policy.exact else 0
+            self.stats.repaired(count + whole)
 
     # ------------------------------------------------------------------ learn
 

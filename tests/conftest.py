@@ -1,0 +1,21 @@
+"""What every test finds in its environment, in whatever order the files run."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import pytest
+
+# SGLang's modules need a platform to be imported on a machine without an accelerator.
+os.environ.setdefault("SGLANG_PLATFORM", "relay_cpu")
+
+
+@pytest.fixture(autouse=True)
+def sglang_environment() -> Iterator[None]:
+    """Undo what a test leaves in the environment: flags of the relay become variables, which later servers inherit."""
+    before = {k: v for k, v in os.environ.items() if k.startswith("SGLANG_")}
+    yield
+    for name in [k for k in os.environ if k.startswith("SGLANG_") and k not in before]:
+        del os.environ[name]
+    os.environ.update(before)
