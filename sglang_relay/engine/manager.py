@@ -323,8 +323,10 @@ class RelayManager:
         for plan, count in zip(planned.plans, selected, strict=True):
             state = relay_of(planned.reqs[plan.row])
             if state is not None:
-                state.report["relayed"] -= count
-                state.report["recomputed"] += count
+                # After a retraction a chunk also extends outputs, whose selected rows are no part of the prompt.
+                inside = min(count, state.report["relayed"])
+                state.report["relayed"] -= inside
+                state.report["recomputed"] += inside
             whole = sum(s.length for s in plan.segments if not s.exact) if planned.policy.exact else 0
             self.stats.repaired(count + whole)
 
