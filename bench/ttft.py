@@ -29,7 +29,7 @@ import requests
 from transformers import AutoTokenizer
 
 from sglang_relay.fetch_model import ensure_model
-from tests.server import Server
+from sglang_relay.measure.server import Server
 
 MODEL = "smollm2-135m"
 TOPIC = (

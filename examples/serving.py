@@ -2,26 +2,18 @@
 
 import argparse
 import contextlib
-import os
-import signal
-import socket
-import subprocess
 import sys
-import tempfile
-import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import NoReturn
 
 import requests
-import torch
 
 from sglang_relay.fetch_model import ensure_model
+from sglang_relay.measure.server import Server, ServerError
 from sglang_relay.models.sources import ModelError
 
 DEFAULT_MODEL = "smollm2-135m"
 START_LIMIT_S = 600
-LOG_LINES = 30
 
 
 def say(message: str) -> None:
@@ -70,46 +62,19 @@ def _checkpoint(model: str) -> str:
 @contextlib.contextmanager
 def _own_server(model: str) -> Iterator[str]:
     """A stock SGLang server with the relay extension on a free port."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "sglang.launch_server", "--model-path", model, "--host", "127.0.0.1"]
-    command += ["--port", str(port), "--radix-cache-backend", "relay", "--sleep-on-idle"]
-    environment = dict(os.environ)
-    if not torch.cuda.is_available():
-        environment.setdefault("SGLANG_PLATFORM", "relay_cpu")
-    with tempfile.NamedTemporaryFile("w+", prefix="sglang-relay-", suffix=".log") as log:
-        # A session of its own, so that all its processes can be ended together, and Ctrl-C reaches this script first.
-        process = subprocess.Popen(
-            command, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
-        )
+    with contextlib.ExitStack() as stack:
+        own = Server(model, "--radix-cache-backend", "relay", timeout=START_LIMIT_S, progress=_tell)
+        say(f"starting the server: {own.command}")
         try:
-            url = f"http://127.0.0.1:{port}"
-            _await_start(process, url, Path(log.name))
-            yield url
-        finally:
-            _stop(process)
+            stack.enter_context(own)
+        except ServerError as error:
+            fail(str(error))
+        say("  ready")
+        yield own.url
 
 
-def _await_start(process: subprocess.Popen, url: str, log: Path) -> None:
-    started = told = time.monotonic()
-    say(f"starting the server: {' '.join(process.args)}")  # type: ignore[arg-type]
-    while not _healthy(url):
-        waited = time.monotonic() - started
-        if process.poll() is not None or waited > START_LIMIT_S:
-            what = f"ended with status {process.returncode}" if process.poll() is not None else "does not come up"
-            tail = "\n".join(f"  {line}" for line in log.read_text(errors="replace").splitlines()[-LOG_LINES:])
-            fail(f"the server {what} after {waited:.0f} s; the end of its log:\n{tail}")
-        if time.monotonic() - told >= 5:
-            told = time.monotonic()
-            say(f"  {waited:3.0f} s  {_last_line(log)}")
-        time.sleep(0.5)
-    say(f"  ready after {time.monotonic() - started:.0f} s")
-
-
-def _last_line(log: Path) -> str:
-    lines = log.read_text(errors="replace").strip().splitlines()
-    return lines[-1][:100] if lines else ""
+def _tell(seconds: float, last_line: str) -> None:
+    say(f"  {seconds:3.0f} s  {last_line[:100]}")
 
 
 def _healthy(url: str) -> bool:
@@ -117,12 +82,3 @@ def _healthy(url: str) -> bool:
         return requests.get(f"{url}/health", timeout=10).status_code == 200
     except requests.RequestException:
         return False
-
-
-def _stop(process: subprocess.Popen) -> None:
-    """End the server and the processes it started, by the id of their session."""
-    for sign, patience_s in ((signal.SIGTERM, 10), (signal.SIGKILL, 10)):
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, sign)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(patience_s)

@@ -6,9 +6,11 @@ import os
 from collections.abc import Iterator
 
 import pytest
+import torch
 
 # SGLang's modules need a platform to be imported on a machine without an accelerator.
-os.environ.setdefault("SGLANG_PLATFORM", "relay_cpu")
+if not torch.cuda.is_available():
+    os.environ.setdefault("SGLANG_PLATFORM", "relay_cpu")
 
 
 @pytest.fixture(autouse=True)

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from server import Server
+from sglang_relay.measure.server import Server
 
 
 def install_plugin(directory: Path, name: str, code: str) -> dict[str, str]:

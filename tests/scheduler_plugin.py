@@ -130,7 +130,7 @@ def _corrupt_slots(scheduler: Any) -> Any:
 
 def _places(scheduler: Any) -> dict[str, Any]:
     from sglang_relay import index
-    from sglang_relay.engine import forward, manager
+    from sglang_relay.engine import backend, forward, manager
     from sglang_relay.plan import RelayPlan
     from sglang_relay.policies.relay import DeviationPolicy
 
@@ -141,6 +141,8 @@ def _places(scheduler: Any) -> dict[str, Any]:
         "prepare": (forward.StagedForward, "prepare", _raising),
         "place": (forward, "realign", _raising),
         "forward": (forward.StagedForward, "run", _raising),
+        "attention": (backend, "attend", _raising),
+        "hand_over": (forward._Stage, "take_over", _raising),
         "select": (DeviationPolicy, "select", _raising),
         "learn": (index.ContentIndex, "learn", _raising),
         "slots": _corrupt_slots(scheduler),

@@ -15,10 +15,10 @@ import pytest
 import torch
 from prompts import Cut, Donor, Prompt, compose, random_tokens
 from reference import Full, Mutation, Policy, Reference, Relay, Result, Rotate, Segment
-from server import Server
 from tiny_model import make_tiny_llama
 
 from sglang_relay.fetch_model import ensure_model
+from sglang_relay.measure.server import Server
 
 BOUND = 1e-4
 CLEAR = 1e-2

@@ -14,8 +14,9 @@ import pytest
 import requests
 import torch
 from plugins import Inspector
-from server import Server
 from tiny_model import make_tiny_llama, random_text
+
+from sglang_relay.measure.server import Server
 
 CHUNK = 128
 SEEDS = itertools.count(1000)
@@ -263,7 +264,13 @@ def test_counts_add_up_over_chunks_and_prefix_hits(
 
 def test_short_reuse_is_not_worth_it(server: Server, donor: list[int]) -> None:
     report = report_of(ask(server, prompt_with(donor[:50]), 1))
-    assert report["declined"] == "nothing_to_reuse" and report["fresh"] == 95
+    assert report["declined"] == "below_min_relayed" and report["fresh"] == 95
+
+
+def test_declines_for_want_of_a_donor_are_counted(server: Server) -> None:
+    before = stats(server)["declined"].get("nothing_to_reuse", 0)
+    assert report_of(ask(server, tokens(90, next(SEEDS)), 1))["declined"] == "nothing_to_reuse"
+    assert stats(server)["declined"]["nothing_to_reuse"] == before + 1
 
 
 # ---------------------------------------------------------------------- OpenAI API

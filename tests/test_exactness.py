@@ -16,8 +16,9 @@ from typing import Any, NamedTuple
 
 import pytest
 from prompts import Donor, Prompt, random_prompt, random_tokens
-from server import Server
 from tiny_model import make_tiny_llama
+
+from sglang_relay.measure.server import Server
 
 VOCAB = 1024
 LAYERS = 3

@@ -9,9 +9,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from server import Server
 
 from sglang_relay.fetch_model import ensure_model
+from sglang_relay.measure.server import Server
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 

@@ -13,12 +13,13 @@ from typing import Any
 
 import pytest
 import requests
+import torch
 from plugins import Inspector, install_plugin
-from server import Server, ServerError
 from sglang.srt.server_args import ServerArgs
 from tiny_model import make_tiny_llama
 
 from sglang_relay.engine import guards
+from sglang_relay.measure.server import Server, ServerError
 
 VOCAB = 1024
 
@@ -94,9 +95,23 @@ def test_prompt_logprobs_behind_a_segment_go_with_relay(server: Server, rng: ran
 
 
 def test_hidden_states_are_declined_by_name(server: Server, rng: random.Random) -> None:
-    answer = ask(server, consumer(server, rng), fields={"return_hidden_states": True})
+    prompt = consumer(server, rng)
+    answer = ask(server, prompt, fields={"return_hidden_states": True})
     assert report_of(answer)["declined"] == "hidden_states_requested"
-    assert answer["meta_info"]["hidden_states"]
+    assert len(answer["meta_info"]["hidden_states"][0]) == len(prompt)
+
+
+def test_hidden_states_behind_a_relayed_prefix(server: Server, rng: random.Random) -> None:
+    """They are computed over the KV that a relayed request of the same tier left, as any next turn is."""
+    prompt = consumer(server, rng)
+    assert report_of(ask(server, prompt, relay_policy="rotate"))["segments"] == 1
+    fields = {"return_hidden_states": True}
+    over_relayed = ask(server, [*prompt, 7, 8, 9], fields=fields, relay_policy="rotate")
+    report = report_of(over_relayed)
+    assert (report["exact"], report["fresh"], report["depth"]) == (len(prompt), 3, 1), report
+    exact = ask(server, [*prompt, 7, 8, 9], fields=fields, relay="off")
+    last = [torch.tensor(a["meta_info"]["hidden_states"][0][-1]) for a in (over_relayed, exact)]
+    assert 1e-4 < (last[0] - last[1]).norm() / last[1].norm() < 1
 
 
 def test_input_embeddings_never_relay(server: Server, rng: random.Random) -> None:
@@ -165,6 +180,8 @@ FAULTS = {
     "prepare": "internal_error:prepare",
     "place": "internal_error:place",
     "forward": "internal_error:forward",
+    "attention": "internal_error:attention",
+    "hand_over": "internal_error:hand_over",
     "select": "internal_error:select",
     "slots": "bad_plan",
 }
@@ -196,7 +213,7 @@ def test_a_failure_is_named_and_answered_exactly(
     assert report_of(ask(server, [9, *prompt]))["declined"] is None, "it relays again once nothing fails"
 
 
-@pytest.mark.parametrize("fault", ["prepare", "forward", "select"])
+@pytest.mark.parametrize("fault", ["prepare", "forward", "attention", "hand_over", "select"])
 def test_a_failed_batch_answers_like_stock(
     server: Server, inspector: Inspector, rng: random.Random, fault: str
 ) -> None:

@@ -17,10 +17,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from plugins import Inspector
-from server import Server
 from tiny_model import make_tiny_llama
 
 from sglang_relay.engine.namespaces import Namespaces, Tenant
+from sglang_relay.measure.server import Server
 
 POOL = 2400
 """KV slots: a prompt of nearly this length evicts everything else."""

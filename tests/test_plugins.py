@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 from plugins import Inspector, install_plugin
-from server import Server
 from tiny_model import make_tiny_llama
+
+from sglang_relay.measure.server import Server
 
 PROMPT = [11, 12, 13, 14, 15, 16, 17, 18]
 NEIGHBOUR = """

@@ -11,8 +11,9 @@ from typing import Any, NamedTuple
 
 import pytest
 import requests
-from server import Server
 from tiny_model import make_tiny_llama
+
+from sglang_relay.measure.server import Server
 
 VOCAB = 1024
 POOL = 2560

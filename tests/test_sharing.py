@@ -8,8 +8,9 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from plugins import Inspector
-from server import Server
 from tiny_model import make_tiny_llama
+
+from sglang_relay.measure.server import Server
 
 MOST_TOKENS = 1.1
 """KV slots of the relay server over those of the stock server."""

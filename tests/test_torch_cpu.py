@@ -15,10 +15,11 @@ from pathlib import Path
 import pytest
 import requests
 import torch
-from server import Server
 from sglang_torch_cpu import defaults, ops, processes, sdpa
 from tiny_model import make_tiny_llama
 from transformers import AutoModelForCausalLM
+
+from sglang_relay.measure.server import Server
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 EPS = 1e-5

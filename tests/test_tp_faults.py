@@ -13,13 +13,17 @@ from typing import Any
 import pytest
 from plugins import install_plugin
 from prompts import Cut, Donor, Prompt, compose, random_tokens
-from server import Server
 from tiny_model import make_tiny_llama
+
+from sglang_relay.measure.server import Server
 
 VOCAB = 1024
 POOL = 4096
 ANSWER_WITHIN = 120.0
 """Seconds; far more than an answer takes, far less than a collective waits for a rank that does not come."""
+
+
+_RARE = ("plan", "place", "measure", "select", "other_rows", "hand_over")
 
 
 def slow(fault: str) -> Any:
@@ -111,7 +115,7 @@ def test_ranks_relay_together(ranks: Ranks, policy: str) -> None:
     ranks.relays(policy)
 
 
-@pytest.mark.parametrize("fault", ["adopt", "match", "prepare", *map(slow, ("plan", "select", "other_rows"))])
+@pytest.mark.parametrize("fault", ["adopt", "match", "prepare", "attention", *map(slow, _RARE)])
 def test_one_broken_rank_makes_all_decline(ranks: Ranks, fault: str) -> None:
     ranks.relays()
     ranks.fault(fault)

@@ -67,7 +67,7 @@ def count_chunk(req: Req, state: RelayRequest, plan: RelayPlan | None, policy: P
     if report["relayed"] + report["recomputed"]:
         report["declined"] = None
     elif state.relays and report["declined"] is None and end >= prompt:
-        report["declined"] = "nothing_to_reuse"
+        report["declined"] = state.shortfall
     return fresh
 
 

@@ -18,24 +18,26 @@ if TYPE_CHECKING:
 class DeviationProbe:
     """Value deviation between fresh and donor V at one layer (method.md: ``d = 1 - mean over heads of cosine``).
 
-    rows: int64 [n], rows of the stage that are reused tokens. donor_slots: int64 [n], where their donors' V lies; read
-    there and not at the target, which a model with fused K/V writes has already overwritten.
+    heads: KV heads of this rank. rows: int64 [n], rows of the stage that are reused tokens. donor_slots: int64 [n],
+    where their donors' V lies; read there and not at the target, which a model with fused K/V writes has already
+    overwritten.
     """
 
-    def __init__(self, layer: int, rows: torch.Tensor, donor_slots: torch.Tensor) -> None:
+    def __init__(self, layer: int, heads: int, rows: torch.Tensor, donor_slots: torch.Tensor) -> None:
         self.layer = layer
         self._rows = rows
         self._donor_slots = donor_slots
-        self.cosine_sum: torch.Tensor | None = None
+        self.cosine_sum = torch.zeros(rows.numel(), dtype=torch.float32, device=rows.device)
         """float32 [n], cosines summed over this rank's KV heads."""
-        self.heads = 0
+        self.heads = heads
+        self.measured = False
 
     def measure(self, value: torch.Tensor, value_buffer: torch.Tensor) -> None:
         """value: [rows, kv_heads, v_dim], fresh; value_buffer: [slots, kv_heads, v_dim], not yet overwritten."""
         fresh = value.index_select(0, self._rows).float()
         cached = value_buffer.index_select(0, self._donor_slots).float()
+        self.measured = True
         self.cosine_sum = torch.cosine_similarity(fresh, cached, dim=-1).sum(-1)
-        self.heads = value.shape[1]
 
 
 class RelayAttentionBackend(AttentionBackend):
@@ -47,6 +49,9 @@ class RelayAttentionBackend(AttentionBackend):
         self.req_to_token_pool = runner.req_to_token_pool
         self.stage: AttentionPlan | None = None
         self.probe: DeviationProbe | None = None
+        self.failure: Exception | None = None
+        """The first host failure in a layer's attention. It is kept and not raised: the ranks meet in collectives
+        between two layers, and a rank that left the model's forward would leave the others waiting there."""
 
     def init_forward_metadata(self, forward_batch: ForwardBatch) -> None:
         """Nothing: ``stage`` is planned by the staged forward."""
@@ -61,10 +66,26 @@ class RelayAttentionBackend(AttentionBackend):
         save_kv_cache: bool = True,
         **kwargs: Any,
     ) -> torch.Tensor:
-        """q, k, v: the stage's rows. Returns [rows, heads * v_dim].
+        """q, k, v: the stage's rows. Returns [rows, heads * v_dim]; zeros once something has failed (``failure``)."""
+        rows = q.view(-1, layer.tp_q_head_num, layer.qk_head_dim).shape[0]
+        if self.failure is None:
+            try:
+                return self._extend(q, k, v, layer, forward_batch, save_kv_cache, kwargs)
+            except Exception as error:
+                self.failure = error
+        return q.new_zeros(rows, layer.tp_q_head_num * layer.v_head_dim)
 
-        Raises NotImplementedError for attention arguments that have no place here (sinks, sparse indices).
-        """
+    def _extend(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        layer: RadixAttention,
+        forward_batch: ForwardBatch,
+        save_kv_cache: bool,
+        kwargs: dict[str, Any],
+    ) -> torch.Tensor:
+        """Raises NotImplementedError for attention arguments that have no place here (sinks, sparse indices)."""
         if any(value is not None for value in kwargs.values()):
             raise NotImplementedError(f"attention arguments {sorted(kwargs)}")
         if self.stage is None:

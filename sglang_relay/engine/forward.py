@@ -32,6 +32,8 @@ from sglang_relay.plan import Decline
 from sglang_relay.policies import SelectionView
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 
     from sglang_relay.engine.manager import BatchPlan, RelayManager
@@ -54,7 +56,7 @@ class _Reused:
 
 class StagedForward:
     """One relay forward. ``prepare`` and ``place`` may fail on one rank alone, so the ranks agree after them; ``run``
-    holds collectives, and a host failure of one rank inside the model's own code would leave the others waiting."""
+    holds the model's collectives, and agrees wherever the relay's own code ran between them."""
 
     def __init__(self, runner: Any, batch: ForwardBatch, planned: BatchPlan, rotary: DeltaRotary) -> None:
         self.runner = runner
@@ -119,7 +121,8 @@ class StagedForward:
         if repaired:
             rows = np.searchsorted(self.whole, np.concatenate([r.rows for r in repaired]))
             slots = torch.cat([r.slots for r in repaired]).to(self.device)
-            self.backend.probe = DeviationProbe(self.policy.whole - 1, self._tensor(rows), slots)
+            heads = self.runner.token_to_kv_pool.head_num
+            self.backend.probe = DeviationProbe(self.policy.whole - 1, heads, self._tensor(rows), slots)
 
     def _tensor(self, values: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(np.ascontiguousarray(values, dtype=np.int64)).to(self.device, non_blocking=True)
@@ -157,47 +160,77 @@ class StagedForward:
     def run(self, relay: RelayManager) -> tuple[Any, list[int]]:
         """Returns the logits output and, per plan, how many of its reused tokens the policy selected.
 
-        Raises Decline("ranks_disagree") on every rank when the ranks selected different rows.
+        Between the layers nothing of the relay raises, and after each stage the ranks agree, so that all of them leave
+        at the same point. Raises Decline on every rank when one of them failed or selected other rows.
         """
         policy = self.policy
         counts = [0] * len(self.plans)
-        stage = _Stage(self, self.first[0], self.first[1], None)
+        stage = _Stage(self, self.first[0], self.first[1])
         done = policy.whole or self.layers
         output = stage.layers(0, done)
         if policy.selects and done < self.layers:
-            rows, attention = self._agree_on_rows(relay, counts)
+            deviation = self._deviation()
+            stage = self._next(relay, stage, lambda: self._select(deviation, counts))
             if policy.until > done:
-                stage = _Stage(self, rows, attention, stage)
                 output = stage.layers(done, policy.until)
                 done = policy.until
+                if done < self.layers:
+                    stage = self._next(relay, stage, lambda: self.fresh)
         if done < self.layers:
-            stage = _Stage(self, self.fresh, self._attention(self.fresh), stage)
             output = stage.layers(done, self.layers)
+        self._agree(relay, None, len(counts))
         return output, counts
 
-    def _agree_on_rows(self, relay: RelayManager, counts: list[int]) -> tuple[np.ndarray, Any]:
-        """The rows of the next stage and their attention plan, the same on every rank."""
-        rows, attention, failure = self.fresh, None, None
+    def _next(self, relay: RelayManager, before: _Stage, rows: Callable[[], np.ndarray]) -> _Stage:
+        """The stage that goes on with ``rows()``, a subset of the rows of ``before``; the same on every rank."""
+        stage, failure, digest = before, None, 0
+        if self.backend.failure is None:
+            try:
+                active = rows()
+                stage = _Stage(self, active, self._attention(active))
+                digest = int(np.dot(active, np.arange(1, len(active) + 1)) & ((1 << 62) - 1))
+            except Exception as error:
+                failure = relay.failure("select", error)
+        self._agree(relay, failure, digest)
+        state = before.export()
         try:
-            rows = self._select(counts)
-            attention = self._attention(rows)
+            stage.take_over(before, *state)
         except Exception as error:
-            failure = relay.failure("select", error)
-        digest = int(np.dot(rows, np.arange(1, len(rows) + 1)) & ((1 << 62) - 1))
-        if not relay.consensus.agree(failure is None, digest):
-            raise Decline(failure or "ranks_disagree", "selected rows differ between ranks")
-        return rows, attention
+            failure = relay.failure("hand_over", error)
+        self._agree(relay, failure, digest)
+        return stage
 
-    def _select(self, counts: list[int]) -> np.ndarray:
-        """Rows active after the whole-segment stage: fresh ones and those the policy selects."""
-        active = np.zeros(len(self.positions), dtype=bool)
-        active[self.fresh] = True
+    def _agree(self, relay: RelayManager, failure: str | None, digest: int) -> None:
+        """All ranks came this far with the same ``digest``; else Decline on all of them."""
+        if self.backend.failure is not None:
+            failure = relay.failure("attention", self.backend.failure)
+        if not relay.consensus.agree(failure is None, digest):
+            raise Decline(failure or "ranks_disagree", "one rank failed, or the selected rows differ")
+
+    def _deviation(self) -> torch.Tensor | None:
+        """float32 [n]: 1 - mean cosine over the KV heads of all ranks, equal on all of them; None without reused rows.
+
+        A collective: a rank whose measurement failed takes part with zeros, and is found out by the agreement after it.
+        """
         probe = self.backend.probe
         if probe is None:
+            return None
+        group = get_parallel().tp_group
+        if group.world_size == 1:
+            return 1.0 - probe.cosine_sum / probe.heads
+        packed = torch.cat((probe.cosine_sum, probe.cosine_sum.new_tensor([float(probe.heads)])))
+        packed = group.all_reduce(packed)
+        return 1.0 - packed[:-1] / packed[-1]
+
+    def _select(self, deviation: torch.Tensor | None, counts: list[int]) -> np.ndarray:
+        """Rows active after the whole-segment stage: fresh ones and those the policy selects."""
+        probe = self.backend.probe
+        if probe is None or deviation is None:
             return self.fresh
-        if probe.cosine_sum is None:
+        if not probe.measured:
             raise RuntimeError(f"layer {probe.layer} did not report its values")
-        deviation = 1.0 - self._reduce(probe.cosine_sum, probe.heads)
+        active = np.zeros(len(self.positions), dtype=bool)
+        active[self.fresh] = True
         at = 0
         for r in (r for r in self.reused if not r.exact):
             part = deviation[at : at + len(r.rows)]
@@ -208,27 +241,15 @@ class StagedForward:
             counts[r.plan] += len(chosen)
         return np.flatnonzero(active)
 
-    @staticmethod
-    def _reduce(cosine_sum: torch.Tensor, heads: int) -> torch.Tensor:
-        """Mean cosine over the KV heads of all ranks, equal on all of them before anything is chosen."""
-        group = get_parallel().tp_group
-        if group.world_size == 1:
-            return cosine_sum / heads
-        packed = torch.cat((cosine_sum, cosine_sum.new_tensor([float(heads)])))
-        packed = group.all_reduce(packed)
-        return packed[:-1] / packed[-1]
-
 
 class _Stage:
-    """A set of rows that runs through a range of layers; takes the rows' state over from the stage before it."""
+    """A set of rows that runs through a range of layers; may take the rows' state over from the stage before it."""
 
-    def __init__(self, forward: StagedForward, rows: np.ndarray, attention: Any, before: _Stage | None) -> None:
+    def __init__(self, forward: StagedForward, rows: np.ndarray, attention: Any) -> None:
         self.forward = forward
         self.rows = rows
         self.attention = attention
         self.batch = self._batch()
-        if before is not None:
-            self._take_over(before)
 
     def _batch(self) -> ForwardBatch:
         f, full = self.forward, self.forward.batch
@@ -270,21 +291,25 @@ class _Stage:
                 changes[name] = torch.full_like(tensor, len(self.rows))
         return replace(full, **changes)
 
-    def _take_over(self, before: _Stage) -> None:
-        """Move the rows that stay (sglang/srt/layers/layer_boundary/residual/stream.py). Both tensors are copied:
-        the fused add + norm of the next layer writes the residual in place."""
-        stream = residual_batch.stream_of(before.batch)
-        update = None if stream.pending is None else stream.pending.update
-        if update is None or not update.is_plain_add:
+    def export(self) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The rows' hidden states and residual (sglang/srt/layers/layer_boundary/residual/stream.py), once. A
+        collective where an all-reduce is still owed. Raises NotImplementedError, on every rank, for a stream whose
+        pending update is no plain addition."""
+        stream = residual_batch.stream_of(self.batch)
+        if stream.pending is None or stream.pending.update is None or not stream.pending.update.is_plain_add:
             raise NotImplementedError("residual stream is not a plain addition")
-        hidden, residual = stream.export(before.batch.hidden_states)
-        assert isinstance(hidden, torch.Tensor)
+        hidden, residual = stream.export(self.batch.hidden_states)
+        residual_batch.clear(self.batch)
+        return hidden, residual  # type: ignore[return-value]
+
+    def take_over(self, before: _Stage, hidden: torch.Tensor, residual: torch.Tensor | None) -> None:
+        """Go on from what ``before`` exported. Both tensors are copied: the fused add + norm of the next layer writes
+        the residual in place."""
         index = self.forward._tensor(np.searchsorted(before.rows, self.rows))
         hidden = hidden.index_select(0, index)
         residual = None if residual is None else residual.index_select(0, index)
         handle, self.batch.residual_stream = ResidualStream.from_handoff(hidden, residual, PLAIN_ADD)
         self.batch.hidden_states = handle  # type: ignore[assignment]
-        residual_batch.clear(before.batch)
 
     def layers(self, start: int, stop: int) -> Any:
         """Run layers ``[start, stop)``; the logits output when ``stop`` is the number of layers, else None."""

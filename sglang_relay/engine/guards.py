@@ -121,7 +121,6 @@ def request_reason(req: Req, has_multimodal: bool) -> str | None:
         ("multimodal_input", has_multimodal),
         ("input_embeddings", req.input_embeds is not None or req.positional_embed_overrides is not None),
         ("lora", req.lora_id is not None),
-        ("hidden_states_requested", bool(req.return_hidden_states)),
         ("routed_experts_requested", bool(req.return_routed_experts or req.return_indexer_topk)),
         ("scoring", req.multi_item_delimiter_indices is not None or req.token_indices_to_pool is not None),
         ("cache_insert_disabled", bool(req.skip_radix_cache_insert)),

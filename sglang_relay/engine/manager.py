@@ -155,11 +155,17 @@ class RelayManager:
     def propose(self, req: Req) -> RelayRequest | None:
         """Choose the pieces of ``req``'s uncached prompt that donors hold; None if it does not relay.
 
-        Called when the scheduler considers the request; cached until the index learns something new.
+        Called when the scheduler considers the request; cached until the index learns something new. A prompt in the
+        middle of its chunks keeps its pieces: what a chunk's end has left of one may be too short to be found again.
         """
         state = relay_of(req)
         if state is None or not state.relays:
             return None
+        if req.return_hidden_states:  # wanted of every row that is computed, so none is copied; prefix hits stay
+            state.shortfall = "hidden_states_requested"
+            return None
+        if req.prefix_len == state.reached and any(p.stop > state.reached for p in state.pieces):
+            return state
         if state.pieces_version == self.learnt and req.prefix_len in (state.pieces_from, state.reached):
             return state
         began = time.perf_counter()
@@ -214,7 +220,10 @@ class RelayManager:
             if state is not None:
                 plan = plans.get(row)
                 begin_chunk(req, state, self.depths)
+                before = state.report["declined"]
                 fresh = count_chunk(req, state, plan, planned.policy if planned is not None else None)
+                if (reason := state.report["declined"]) not in (None, before):
+                    self.stats.decline(reason)
                 self.stats.chunk(fresh=fresh, segments=plan.segments if plan is not None else ())
 
     def _agreed_plan(self, batch: ScheduleBatch, states: list[RelayRequest | None]) -> BatchPlan | None:

@@ -40,8 +40,11 @@ class Matcher:
         pieces = [Candidate(start, begin, EXACT_PREFIX, start, 0)] if begin > start else []
         runs = self._index.match(state.tenant, tokens, begin)
         found = self._cover([Candidate(r.start, r.stop, r.donor, r.source, r.depth) for r in runs], begin, stop)
+        state.shortfall = "nothing_to_reuse"
         if sum(p.stop - p.start for p in found) >= self._config.min_relayed:
             pieces += found
+        elif found:
+            state.shortfall = "below_min_relayed"
         return pieces
 
     def _exact_prefix(self, req: Req, state: RelayRequest, tokens: np.ndarray, start: int, stop: int) -> int:

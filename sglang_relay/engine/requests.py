@@ -68,6 +68,7 @@ class RelayRequest:
     pieces: disjoint runs of the prompt that donors hold, sorted, chosen at admission; ``pieces_version`` is the index
     version they were chosen at, ``pieces_from`` the prefix length. prefix_key: extra_key and cache_salt of the
     namespace that continues the prefix exactly, where the first piece says so.
+    shortfall: why the prompt as a whole reuses nothing, when that is what happens.
     reached: end of the last chunk that was planned; a chunk that starts elsewhere begins a new attempt.
     depth: approximation depth of the KV computed so far; 0 while it equals full prefill up to rounding.
     report: the dict behind ``meta_info["relay"]``, updated in place.
@@ -82,6 +83,7 @@ class RelayRequest:
     pieces_version: int = -1
     pieces_from: int = 0
     prefix_key: tuple[str | None, str | None] = (None, None)
+    shortfall: str = "nothing_to_reuse"
     reached: int = -1
     depth: int = 0
     fresh: list[tuple[int, int]] = field(default_factory=list)

@@ -33,7 +33,7 @@ class DeviationPolicy(Policy):
     def select(self, view: SelectionView) -> torch.Tensor:
         """Tokens that deviate by ``tau_dev`` means or more, and the segment's last ``suffix`` tokens.
 
-        Under a budget the suffix is kept first, then the largest deviations, ties by position.
+        Under a budget the suffix is kept first, from its end, then the largest deviations, ties by position.
         """
         tail = view.positions >= view.end - self.suffix
         keep = tail | (view.deviation >= self.tau_dev * view.deviation.mean())
@@ -42,7 +42,8 @@ class DeviationPolicy(Policy):
         limit = max(1, int(view.budget * keep.numel()))
         if int(keep.sum()) <= limit:
             return keep
-        ranked = torch.argsort(torch.where(tail, torch.inf, view.deviation), descending=True, stable=True)
+        nearest = 3.0 + torch.arange(keep.numel(), device=keep.device) / keep.numel()  # above every deviation
+        ranked = torch.argsort(torch.where(tail, nearest, view.deviation), descending=True, stable=True)
         capped = torch.zeros_like(keep)
         capped[ranked[:limit]] = True
         return capped & keep

@@ -1,4 +1,4 @@
-"""A real SGLang server in a test: started, awaited, queried and ended."""
+"""A real SGLang server on this machine: started, awaited, queried and ended."""
 
 from __future__ import annotations
 
@@ -10,14 +10,18 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Self
 
 import requests
+import torch
 
 LOG_TAIL = 4000
 """Characters of the log that a failed start shows."""
+
+PROGRESS_S = 5.0
+"""Seconds between two calls of ``progress`` while a server starts."""
 
 
 class ServerError(RuntimeError):
@@ -25,16 +29,20 @@ class ServerError(RuntimeError):
 
 
 class Server:
-    """``python -m sglang.launch_server`` on the CPU platform, as a context manager.
+    """``python -m sglang.launch_server`` as a context manager; on the CPU platform where no GPU is present.
 
     The server runs in a session and process group of its own; leaving the context ends these processes and no others.
 
     Args:
-        model: checkpoint directory.
+        model: checkpoint directory; with the Hugging Face Hub within reach also a name there.
         args: further command line flags, e.g. ``"--page-size", 16``. They come last and so win over those set here.
         env: environment variables on top of the caller's; None as a value removes a variable.
         log_path: the server's log; by default a new file in the temporary directory, removed unless the start failed.
         timeout: seconds until the server must answer ``/health``.
+        progress: called every few seconds until then, with the seconds that passed and the log's last line.
+
+    Raises:
+        ServerError: on entering the context, when the server ends before it answers or does not answer in time.
 
     Example:
         >>> with Server(model, "--page-size", 16) as server:
@@ -48,10 +56,12 @@ class Server:
         env: Mapping[str, str | None] | None = None,
         log_path: str | Path | None = None,
         timeout: float = 180.0,
+        progress: Callable[[float, str], object] | None = None,
     ) -> None:
         self.port = _free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self._timeout = timeout
+        self._progress = progress
         self._keep_log = log_path is not None
         self.log_path = Path(log_path) if log_path is not None else _new_log()
         self._command = [
@@ -62,13 +72,15 @@ class Server:
         ]
         self._scratch = tempfile.TemporaryDirectory(prefix="sglang-server-", ignore_cleanup_errors=True)
         self._env = os.environ | {
-            "SGLANG_PLATFORM": "relay_cpu",
             "OMP_NUM_THREADS": "1",
-            "HF_HUB_OFFLINE": "1",
             "TMPDIR": self._scratch.name,
             # Otherwise each /health runs a one-token request, which shows up in the radix cache and in counters.
             "SGLANG_ENABLE_HEALTH_ENDPOINT_GENERATION": "0",
         }
+        if not torch.cuda.is_available():
+            self._env.setdefault("SGLANG_PLATFORM", "relay_cpu")
+        if Path(model).is_dir():
+            self._env["HF_HUB_OFFLINE"] = "1"
         for name, value in (env or {}).items():
             self._env.pop(name, None)
             if value is not None:
@@ -79,7 +91,12 @@ class Server:
     def __enter__(self) -> Self:
         with self.log_path.open("wb") as log:
             self._process = subprocess.Popen(
-                self._command, env=self._env, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+                self._command,
+                env=self._env,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
             )
         try:
             self._await_ready()
@@ -91,6 +108,11 @@ class Server:
 
     def __exit__(self, *exc: object) -> None:
         self.stop()
+
+    @property
+    def command(self) -> str:
+        """The command line that starts the server."""
+        return " ".join(self._command)
 
     @property
     def pid(self) -> int:
@@ -141,20 +163,25 @@ class Server:
 
     def _await_ready(self) -> None:
         assert self._process is not None
-        deadline = time.monotonic() + self._timeout
-        while time.monotonic() < deadline:
+        started = told = time.monotonic()
+        while (now := time.monotonic()) - started < self._timeout:
             if self._process.poll() is not None:
-                raise ServerError(f"the server ended with code {self._process.returncode}\n{self._tail()}")
-            try:
+                raise ServerError(f"the server ended with status {self._process.returncode}; {self._tail()}")
+            with contextlib.suppress(requests.RequestException):
                 if self._http.get(self.url + "/health", timeout=5).status_code == 200:
                     return
-            except requests.RequestException:
-                pass
+            if self._progress is not None and now - told >= PROGRESS_S:
+                told = now
+                self._progress(now - started, self._last_line())
             time.sleep(0.1)
-        raise ServerError(f"no answer within {self._timeout:.0f} s\n{self._tail()}")
+        raise ServerError(f"the server does not answer after {self._timeout:.0f} s; {self._tail()}")
 
     def _tail(self) -> str:
-        return f"{' '.join(self._command)}\nlog: {self.log_path}\n...{self.log()[-LOG_TAIL:]}"
+        return f"the end of its log, {self.log_path}:\n{self.log()[-LOG_TAIL:]}\nIt was started with: {self.command}"
+
+    def _last_line(self) -> str:
+        lines = self.log().strip().splitlines()
+        return lines[-1] if lines else ""
 
 
 def _body(response: requests.Response) -> Any:
