@@ -13,10 +13,13 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from sglang_relay.budget import ALLOWED as BUDGETS
+from sglang_relay.budget import Budget, parse_budget
+
 ENV_PREFIX = "SGLANG_RELAY_"
 CONFIG_ENV = "SGLANG_RELAY_CONFIG"
 
-POLICIES = ("rotate", "relay", "full")
+POLICIES = ("probe", "relay", "cacheblend", "legolink", "rotate", "full")
 
 
 class ConfigError(ValueError):
@@ -47,7 +50,10 @@ class RelayConfig:
     layer_range: ``start,detect,end`` of policy ``relay``; None derives ``1,3,last`` from the model.
     tau_dev: a token is recomputed when its value deviation is at least ``tau_dev`` times its segment's mean.
     suffix: the last tokens of every segment are always recomputed.
-    budget: most of a segment's tokens (share in (0, 1]) that ``relay`` may select; None sets no cap.
+    budget: how much a policy may recompute (``budget.py``) where the request does not say; None: the policy's own.
+    probe_queries: most of a prompt's last fresh tokens that look at the segments under ``probe``.
+    route_above: a prompt with this many fresh tokens behind its last segment per reused token, or more, is prefilled in
+    full under ``probe``, whose probe then costs about as much.
     default: what a request without ``custom_params.relay`` gets: ``on``, ``exact`` or ``off``.
     donate: what a finished request offers to others: its ``output``, ``all`` of its tokens, or ``none``.
     min_segment: shortest run of equal tokens, in tokens, that is reused.
@@ -58,11 +64,13 @@ class RelayConfig:
     index_bytes: most bytes the content index may hold.
     """
 
-    policy: str = "relay"
+    policy: str = "probe"
     layer_range: LayerRange | None = None
     tau_dev: float = 1.5
     suffix: int = 10
-    budget: float | None = None
+    budget: Budget | None = None
+    probe_queries: int = 24
+    route_above: float = 0.25
     default: str = "on"
     donate: str = "output"
     min_segment: int = 32
@@ -109,11 +117,6 @@ def _between(name: str, low: float, high: float) -> Callable[[RelayConfig], None
     return check
 
 
-def _budget(config: RelayConfig) -> None:
-    if config.budget is not None and not 0 < config.budget <= 1:
-        raise ConfigError(f"budget={config.budget!r}: allowed is a share above 0 and at most 1, or none")
-
-
 def _layers(config: RelayConfig) -> None:
     r = config.layer_range
     if r is not None and not 0 <= r.start <= r.detect <= r.end:
@@ -133,6 +136,8 @@ _CHECKS: tuple[Callable[[RelayConfig], None], ...] = (
     _one_of("donate", ("output", "all", "none")),
     _between("tau_dev", 0.0, 1e6),
     _between("suffix", 0, 1 << 20),
+    _between("probe_queries", 1, 1024),
+    _between("route_above", 0.0, 1e6),
     _between("min_segment", 1, 1 << 20),
     _between("min_relayed", 1, 1 << 20),
     _between("max_segments", 1, 4096),
@@ -140,7 +145,6 @@ _CHECKS: tuple[Callable[[RelayConfig], None], ...] = (
     _between("window", 4, 1024),
     _between("stride", 1, 1024),
     _between("index_bytes", 1 << 20, 1 << 40),
-    _budget,
     _layers,
     _windows,
 )
@@ -153,13 +157,14 @@ def _parse_range(text: str) -> LayerRange | None:
     return LayerRange(start, detect, end)
 
 
-def _parse_budget(text: str) -> float | None:
-    return None if text.lower() in ("", "none") else float(text)
+def _parse_budget(text: str) -> Budget | None:
+    return None if text.lower() in ("", "none") else parse_budget(text)
 
 
 _PARSERS: dict[str, tuple[Callable[[str], Any], str]] = {
     "layer_range": (_parse_range, "START,DETECT,END or auto"),
-    "budget": (_parse_budget, "a share such as 0.2, or none"),
+    "budget": (_parse_budget, f"{BUDGETS}, or none"),
+    "route_above": (float, "a number"),
     "tau_dev": (float, "a number"),
     "policy": (str, "a name"),
     "default": (str, "a name"),

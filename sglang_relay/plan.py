@@ -6,7 +6,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
 import torch
+
+from sglang_relay.budget import Budget
 
 
 class Decline(Exception):
@@ -40,6 +43,7 @@ class Segment:
     source: position of the first token in the donor's path. A segment with ``source == start`` whose donor is
     exact (``depth == 0``) and that continues the exact prefix is a copy without approximation (``exact``).
     end: where the whole segment ends in the prompt; beyond ``stop`` when a chunk cuts it.
+    index: how many tokens of the same donor's text stand before the segment in the prompt.
     """
 
     start: int
@@ -49,10 +53,33 @@ class Segment:
     slots: torch.Tensor
     exact: bool
     end: int
+    index: int
 
     @property
     def length(self) -> int:
         return self.stop - self.start
+
+
+class Placed(NamedTuple):
+    """Prompt positions ``[start, stop)`` that an earlier chunk has given donor KV; ``end``, ``index`` as in Segment."""
+
+    start: int
+    stop: int
+    end: int
+    index: int
+
+
+@dataclass(frozen=True, slots=True)
+class Pending:
+    """What earlier chunks of a prompt have placed and the last one has to repair.
+
+    start: from here on KV may not be published yet; the rows from here on are the request's own. placed: where donor KV
+    lies. tokens: int32 numpy, the prompt's tokens ``[start, prefix)``.
+    """
+
+    start: int
+    placed: tuple[Placed, ...]
+    tokens: np.ndarray
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,13 +89,17 @@ class RelayPlan:
     row: index of the request in the batch. Positions ``[prefix, stop)`` of the prompt are extended in this chunk;
     ``segments`` are disjoint, sorted, inside ``[prefix, stop - 1)``: the chunk's last row stays fresh, because the
     logits processor reads it.
+    last: whether the prompt ends with this chunk. pending: repair that earlier chunks have left to it; such a plan may
+    have no segments of its own.
     """
 
     row: int
     prefix: int
     stop: int
     segments: tuple[Segment, ...]
-    budget: float | None
+    budget: Budget | None
+    last: bool
+    pending: Pending | None = None
 
     def check(self, pool_slots: int) -> None:
         """Bounds-check everything a kernel will index with. Raises Decline("bad_plan")."""
@@ -82,6 +113,22 @@ class RelayPlan:
             if low <= 0 or high >= pool_slots:
                 raise Decline("bad_plan", f"slots {low}..{high} outside (0, {pool_slots})")
             at = s.stop
+        if self.pending is not None:
+            self._check_pending(self.pending)
+
+    def _check_pending(self, pending: Pending) -> None:
+        at = pending.start
+        for p in pending.placed:
+            if not at <= p.start < p.stop <= self.prefix - 1:
+                raise Decline("bad_plan", f"placed [{p.start}, {p.stop}) in [{pending.start}, {self.prefix})")
+            at = p.stop
+        if len(pending.tokens) != self.prefix - pending.start:
+            raise Decline("bad_plan", f"{len(pending.tokens)} tokens for [{pending.start}, {self.prefix})")
+
+    @property
+    def first(self) -> int:
+        """First prompt position that may run in this chunk."""
+        return self.prefix if self.pending is None else self.pending.start
 
     @property
     def placed(self) -> int:

@@ -8,11 +8,12 @@ from typing import Any
 
 import pytest
 
+from sglang_relay.budget import Budget
 from sglang_relay.config import CONFIG_ENV, ENV_PREFIX, ConfigError, LayerRange, RelayConfig, load_config, setting_names
 from sglang_relay.engine import command_line
 
 ALLOWED = {
-    "policy": "rotate, relay, full",
+    "policy": "probe, relay, cacheblend, legolink, rotate, full",
     "default": "on, exact, off",
     "donate": "output, all, none",
     "tau_dev": "number",
@@ -25,10 +26,12 @@ ALLOWED = {
     "stride": "number",
     "index_bytes": "number",
     "budget": "share",
+    "probe_queries": "number",
+    "route_above": "number",
     "layer_range": "START,DETECT,END",
 }
 BAD_TEXT = [
-    *(("policy", text) for text in ("", "Relay", "probe", "rotate,relay")),
+    *(("policy", text) for text in ("", "Relay", "probes", "rotate,relay")),
     *(("default", text) for text in ("", "ON", "true")),
     *(("donate", text) for text in ("", "everything", "input")),
     *(("tau_dev", text) for text in ("", "-0.1", "nan", "inf", "2000000.0", "much")),
@@ -41,6 +44,9 @@ BAD_TEXT = [
     *(("stride", text) for text in ("", "0", "-1", "17", "1025", "x")),
     *(("index_bytes", text) for text in ("", "0", "-1", "1000", "1e9", "256MB")),
     *(("budget", text) for text in ("0.0", "-0.1", "1.01", "nan", "20%", "inf")),
+    *(("budget", text) for text in ("much", "coverage:1.5", "2.5", "coverage:")),
+    *(("probe_queries", text) for text in ("", "0", "1025", "2.5")),
+    *(("route_above", text) for text in ("", "-0.1", "nan", "inf")),
     *(("layer_range", text) for text in ("1,3", "1,3,5,7", "3,1,5", "1,5,3", "-1,3,5", "a,b,c", "1;3;5", "7")),
 ]
 BAD_JSON = [
@@ -66,8 +72,13 @@ GOOD = [
     ("layer_range", "auto", None),
     ("tau_dev", "0", 0.0),
     ("suffix", "0", 0),
-    ("budget", "1", 1.0),
-    ("budget", "0.2", 0.2),
+    ("budget", "1", Budget("share", 1.0)),
+    ("budget", "0.2", Budget("share", 0.2)),
+    ("budget", "careful", Budget("share", 0.3)),
+    ("budget", "16", Budget("tokens", 16.0)),
+    ("budget", "coverage:0.8", Budget("coverage", 0.8)),
+    ("probe_queries", "8", 8),
+    ("route_above", "0.5", 0.5),
     ("budget", "none", None),
     ("default", "exact", "exact"),
     ("donate", "all", "all"),
@@ -123,6 +134,8 @@ def test_right_values_arrive(tmp_path: Path, name: str, text: str, value: Any) -
     more = {"min_segment": 64} if name == "window" else {}
     assert getattr(load_config(env(**more, **{name: text})), name) == value
     as_json = list(map(int, text.split(","))) if isinstance(value, LayerRange) else value
+    if isinstance(value, Budget):
+        as_json = text if value.kind == "coverage" else value.amount
     assert getattr(load_config(file_of(tmp_path, more | {name: as_json})), name) == value
 
 

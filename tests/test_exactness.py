@@ -1,4 +1,5 @@
-"""Policy `full` recomputes every token it reuses, so its answers must be those of a stock server.
+"""A policy that recomputes every token it reuses must give a stock server's answers: `full`, and the others when their
+budget is everything.
 
 One stock server answers random prompts once. Relay servers of several kinds (mixed chunks, pages of 16, the Python tree
 without overlap, two tensor-parallel ranks under SGLang's rank-consensus checker) decode the same donors, take pieces of
@@ -24,6 +25,12 @@ VOCAB = 1024
 LAYERS = 3
 """With 6, two stock servers that differ in nothing but the chunk size already differ by 9.5e-6 over these prompts."""
 COUNT = 200
+FEWER = 40
+EVERYTHING: list[dict[str, Any]] = [
+    {"relay_policy": "probe", "relay_budget": 1.0},
+    {"relay_policy": "cacheblend", "relay_budget": 1.0},
+    {"relay_policy": "legolink", "relay_budget": 4096},
+]
 AT_ONCE = 8
 DONORS = 12
 SHORTEST = 32
@@ -125,6 +132,7 @@ def relay(stock: Stock, request: pytest.FixtureRequest) -> Iterator[Relay]:
     kind = KINDS[request.param]
     # By default a prompt must hold more than its shortest segment before it is worth relaying.
     env = {"SGLANG_RELAY_MIN_SEGMENT": str(SHORTEST), "SGLANG_RELAY_MIN_RELAYED": str(SHORTEST), **kind.env}
+    env["SGLANG_RELAY_ROUTE_ABOVE"] = "1000"  # however long the question
     with Server(stock.model, "--radix-cache-backend", "relay", *POOL, *kind.args, env=env) as server:
         yield Relay(server, kind, decode_donors(server, [d.prompt for d in stock.donors], relay="exact"))
 
@@ -133,19 +141,31 @@ def logprobs(answer: dict[str, Any], which: str = "output") -> list[float | None
     return [value for value, *_ in answer["meta_info"][f"{which}_token_logprobs"]]
 
 
+@pytest.mark.parametrize("everything", EVERYTHING, ids=lambda p: p["relay_policy"])
+@pytest.mark.parametrize("relay", KINDS, indirect=True)
+def test_a_budget_of_everything_answers_like_stock(stock: Stock, relay: Relay, everything: dict[str, Any]) -> None:
+    """In chunks too: `probe` then repairs in the last chunk what earlier ones have placed. These run before `full`,
+    whose KV is exact and would be found as a prefix."""
+    assert relay.donors == stock.donors, "the donors themselves are exact requests"
+    compare(stock, relay, FEWER, depth=1, **everything)
+
+
 @pytest.mark.parametrize("relay", KINDS, indirect=True)
 def test_full_policy_answers_like_stock(stock: Stock, relay: Relay) -> None:
-    assert relay.donors == stock.donors, "the donors themselves are exact requests"
-    answers = ask_all(relay.server, stock.prompts, relay_policy="full")
-    lost = [check_report(a["meta_info"]["relay"], p) for a, p in zip(answers, stock.prompts, strict=True)]
+    lost = compare(stock, relay, COUNT, depth=0, relay_policy="full")
     assert any(lost) == relay.kind.cuts, lost
-    differing = [
-        i for i, (a, b) in enumerate(zip(answers, stock.answers, strict=True)) if a["output_ids"] != b["output_ids"]
-    ]
+
+
+def compare(stock: Stock, relay: Relay, count: int, *, depth: int, **params: Any) -> list[int]:
+    """The first ``count`` prompts on both servers; returns what ``check_report`` does."""
+    wanted, prompts = stock.answers[:count], stock.prompts[:count]
+    answers = ask_all(relay.server, prompts, **params)
+    lost = [check_report(a["meta_info"]["relay"], p, depth) for a, p in zip(answers, prompts, strict=True)]
+    differing = [i for i, (a, b) in enumerate(zip(answers, wanted, strict=True)) if a["output_ids"] != b["output_ids"]]
     assert not differing
     worst = max(
         abs(x - y)
-        for a, b in zip(answers, stock.answers, strict=True)
+        for a, b in zip(answers, wanted, strict=True)
         for x, y in zip(logprobs(a), logprobs(b), strict=True)
         if x is not None and y is not None
     )
@@ -153,16 +173,16 @@ def test_full_policy_answers_like_stock(stock: Stock, relay: Relay) -> None:
     assert worst <= BOUND
     stats = relay.server.get("/server_info")["internal_states"][0]["relay"]["stats"]
     assert (stats["fallbacks"], stats["failures"]) == (0, 0), stats
+    return lost
 
 
-def check_report(report: dict[str, Any], prompt: Prompt) -> int:
+def check_report(report: dict[str, Any], prompt: Prompt, depth: int) -> int:
     """All that was matched is recomputed; returns how many matched tokens were fresh because a chunk ended there."""
     recomputed = report["recomputed"]
-    assert report["declined"] is None and report["depth"] == 0, report
+    assert report["declined"] is None and report["depth"] == depth, report
     assert report["relayed"] == report["exact"] == 0 and recomputed + report["fresh"] == len(prompt.tokens), report
     lost = prompt.matched - recomputed
-    # What a chunk end leaves of a piece may be too short to be matched anew, after others have finished meanwhile.
-    assert recomputed > 0 and 0 <= lost < SHORTEST + AT_ONCE, (report, prompt)
+    assert recomputed > 0 and 0 <= lost <= len(prompt.tokens) // 20, (report, prompt)
     return lost
 
 

@@ -3,12 +3,13 @@
 from collections.abc import Iterator
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sglang_relay.plan import Candidate, Decline, RelayPlan, Segment, cover
+from sglang_relay.plan import Candidate, Decline, Pending, Placed, RelayPlan, Segment, cover
 
 POOL_SLOTS = 1000
 
@@ -92,12 +93,12 @@ def test_cover_takes_the_best_candidate_first_and_fills_the_gaps_with_the_rest()
 
 def segment(start: int, stop: int, **changes: object) -> Segment:
     slots = torch.arange(1, max(stop - start, 0) + 1)
-    made = Segment(start=start, stop=stop, source=5, depth=1, slots=slots, exact=False, end=stop)
+    made = Segment(start=start, stop=stop, source=5, depth=1, slots=slots, exact=False, end=stop, index=0)
     return replace(made, **changes)  # type: ignore[arg-type]
 
 
 def plan(*segments: Segment, prefix: int = 10, stop: int = 100) -> RelayPlan:
-    return RelayPlan(row=0, prefix=prefix, stop=stop, segments=segments, budget=None)
+    return RelayPlan(row=0, prefix=prefix, stop=stop, segments=segments, budget=None, last=True)
 
 
 @pytest.mark.parametrize(
@@ -144,6 +145,34 @@ def test_every_kind_of_bad_plan_is_refused_by_name(bad: RelayPlan) -> None:
         bad.check(POOL_SLOTS)
     assert refused.value.reason == "bad_plan"
     assert str(refused.value) != "bad_plan", "the text says what is wrong"
+
+
+def waiting(start: int, *placed: tuple[int, int], tokens: int | None = None) -> RelayPlan:
+    """Chunk [200, 260) of a prompt whose earlier chunks have placed spans from ``start`` on."""
+    spans = tuple(Placed(a, b, b, 0) for a, b in placed)
+    content = np.zeros(200 - start if tokens is None else tokens, dtype=np.int32)
+    return replace(plan(prefix=200, stop=260), pending=Pending(start, spans, content))
+
+
+def test_a_repair_that_waited_begins_where_the_first_span_was_placed() -> None:
+    made = waiting(50, (50, 90), (120, 199))
+    made.check(POOL_SLOTS)
+    assert (made.first, plan(prefix=200, stop=260).first) == (50, 200)
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        pytest.param(waiting(50, (40, 90)), id="placed before it begins"),
+        pytest.param(waiting(50, (50, 90), (80, 120)), id="overlap"),
+        pytest.param(waiting(50, (50, 200)), id="covers the last row of an earlier chunk"),
+        pytest.param(waiting(50, (60, 60)), id="empty"),
+        pytest.param(waiting(50, (50, 90), tokens=149), id="a token too few"),
+    ],
+)
+def test_a_bad_repair_that_waited_is_refused(bad: RelayPlan) -> None:
+    with pytest.raises(Decline, match="bad_plan"):
+        bad.check(POOL_SLOTS)
 
 
 def test_placed_counts_the_tokens_of_all_segments() -> None:

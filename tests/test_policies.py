@@ -5,23 +5,29 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sglang_relay.config import POLICIES, LayerRange
-from sglang_relay.policies import Policy, SelectionView, make_policy
+from sglang_relay.budget import Budget
+from sglang_relay.config import POLICIES, LayerRange, RelayConfig
+from sglang_relay.policies import Policy, PromptView, make_policies
 
 LAYERS = 12
 RANGE = LayerRange(1, 3, 8)
 
 
 def policy(name: str = "relay", layers: LayerRange = RANGE, tau_dev: float = 1.5, suffix: int = 0) -> Policy:
-    return make_policy(name, num_layers=LAYERS, layers=layers, tau_dev=tau_dev, suffix=suffix)
+    config = RelayConfig(layer_range=layers, tau_dev=tau_dev, suffix=suffix)
+    return make_policies(config, LAYERS)[name]
 
 
-def view(
-    deviation: list[float], *, first: int = 100, end: int | None = None, budget: float | None = None
-) -> SelectionView:
-    n = len(deviation)
-    positions = torch.arange(first, first + n)
-    return SelectionView(torch.tensor(deviation), positions, first + n if end is None else end, budget)
+def view(*segments: list[float], beyond: int = 0) -> PromptView:
+    """Each segment's signal; the last one goes on ``beyond`` its tokens."""
+    offsets, index, left, signal = [0], [], [], []
+    for number, segment in enumerate(segments):
+        n, more = len(segment), beyond if number == len(segments) - 1 else 0
+        offsets.append(offsets[-1] + n)
+        index += range(n)
+        left += range(n + more, more, -1)
+        signal += segment
+    return PromptView(tuple(offsets), torch.tensor(index), torch.tensor(left), torch.tensor(signal))
 
 
 def chosen(selection: torch.Tensor) -> list[int]:
@@ -29,22 +35,34 @@ def chosen(selection: torch.Tensor) -> list[int]:
     return torch.nonzero(selection).flatten().tolist()
 
 
+def share(amount: float) -> Budget:
+    return Budget("share", amount)
+
+
 @pytest.mark.parametrize("name", POLICIES)
 def test_layers_of_every_policy_are_a_staircase(name: str) -> None:
     p = policy(name)
     assert p.name == name
     assert 0 <= p.whole <= p.until <= LAYERS
-    assert 0.0 <= p.expected_share() <= 1.0
+    assert 0.0 <= p.expected_share(p.default_budget) <= 1.0
     assert p.exact == (name == "full")
-    assert p.selects == (name == "relay")
+    if p.signal == "none":
+        assert p.whole in (0, LAYERS)
+    if p.signal == "deviation":
+        assert p.whole > 0
+    if p.default_budget is not None:
+        assert p.default_budget.kind in p.budgets
 
 
 def test_rotate_repairs_nothing_and_full_everything() -> None:
-    v = view([0.1, 0.9, 0.3], budget=0.4)
-    assert chosen(policy("rotate").select(v)) == []
-    assert chosen(policy("full").select(v)) == [0, 1, 2]
-    assert policy("rotate").expected_share() == 0
-    assert policy("full").expected_share() == 1
+    v = view([0.1, 0.9, 0.3])
+    assert chosen(policy("rotate").select(v, None)) == []
+    assert chosen(policy("full").select(v, None)) == [0, 1, 2]
+    assert policy("rotate").expected_share(None) == 0
+    assert policy("full").expected_share(None) == 1
+
+
+# ---------------------------------------------------------------------- relay
 
 
 @pytest.mark.parametrize(
@@ -57,59 +75,58 @@ def test_relay_runs_whole_segments_up_to_and_including_the_detection_layer(
     p = policy(layers=layers)
     assert (p.whole, p.until) == (whole, until)
     # All tokens through `whole` layers, some of them on to `until`.
-    assert whole / LAYERS <= p.expected_share() <= until / LAYERS
+    assert whole / LAYERS <= p.expected_share(None) <= until / LAYERS
 
 
-def test_threshold_is_a_multiple_of_the_segments_own_mean() -> None:
-    deviation = [0.1, 0.1, 0.1, 0.1, 0.6]  # mean 0.2
-    assert chosen(policy(tau_dev=1.5).select(view(deviation))) == [4]
-    assert chosen(policy(tau_dev=0.4).select(view(deviation))) == [0, 1, 2, 3, 4]
-    assert chosen(policy(tau_dev=3.1).select(view(deviation))) == []
-    assert chosen(policy(tau_dev=1.5).select(view([d * 1e-3 for d in deviation]))) == [4]
+def test_relay_at_the_last_layer_is_still_no_exact_policy() -> None:
+    assert not policy(layers=LayerRange(0, 11, 11)).exact
 
 
-def test_a_token_at_the_threshold_is_selected() -> None:
-    assert chosen(policy(tau_dev=1.0).select(view([0.25] * 4))) == [0, 1, 2, 3]
-    assert chosen(policy(tau_dev=1.5).select(view([0.75, 0.25, 0.5, 0.5]))) == [0]
+def test_threshold_is_a_multiple_of_the_segments_mean() -> None:
+    # Mean 0.25: the threshold is 0.375.
+    assert chosen(policy(tau_dev=1.5).select(view([0.375, 0.25, 0.374, 0.001]), None)) == [0]
 
 
-def test_suffix_is_always_selected() -> None:
-    deviation = [0.5] + [0.1] * 9
-    assert chosen(policy(suffix=3).select(view(deviation))) == [0, 7, 8, 9]
-    assert chosen(policy(suffix=99).select(view(deviation))) == list(range(10))
+def test_each_segment_has_a_threshold_of_its_own() -> None:
+    quiet, loud = [0.1, 0.01, 0.01, 0.01], [0.9, 0.8, 0.9, 0.8]
+    assert chosen(policy(tau_dev=1.5).select(view(quiet, loud), None)) == [0]
+    assert chosen(policy(tau_dev=1.5).select(view(quiet + loud), None)) == [4, 5, 6, 7]
 
 
-def test_suffix_belongs_to_the_whole_segment_not_to_the_chunk() -> None:
-    """A segment that ends at 110, cut by chunks at 104 and 108."""
-    p = policy(tau_dev=1e6, suffix=4)
-    first = view([0.1] * 4, first=100, end=110)
-    second = view([0.1] * 4, first=104, end=110)
-    third = view([0.1] * 2, first=108, end=110)
-    assert chosen(p.select(first)) == []
-    assert chosen(p.select(second)) == [2, 3]
-    assert chosen(p.select(third)) == [0, 1]
+def test_equal_deviations_are_all_below_a_threshold_above_one() -> None:
+    assert chosen(policy(tau_dev=1.5).select(view([0.5] * 5), None)) == []
+    assert chosen(policy(tau_dev=1.0).select(view([0.5] * 5), None)) == [0, 1, 2, 3, 4]
+
+
+def test_suffix_is_counted_from_the_end_of_the_whole_segment() -> None:
+    p = policy(suffix=2, tau_dev=100)
+    assert chosen(p.select(view([0.1] * 4), None)) == [2, 3]
+    assert chosen(p.select(view([0.1] * 4, beyond=1), None)) == [3]
+    assert chosen(p.select(view([0.1] * 4, beyond=2), None)) == []
+    assert chosen(p.select(view([0.1] * 3, [0.1] * 3), None)) == [1, 2, 4, 5]
 
 
 def test_budget_keeps_the_suffix_first_then_the_largest() -> None:
     deviation = [0.9, 0.1, 0.8, 0.1, 0.7, 0.1, 0.1, 0.1, 0.1, 0.1]
     p = policy(tau_dev=1.0, suffix=2)
-    assert chosen(p.select(view(deviation))) == [0, 2, 4, 8, 9]
-    assert chosen(p.select(view(deviation, budget=0.4))) == [0, 2, 8, 9]
-    assert chosen(p.select(view(deviation, budget=0.3))) == [0, 8, 9]
-    assert chosen(p.select(view(deviation, budget=0.2))) == [8, 9]
-    assert chosen(p.select(view(deviation, budget=0.1))) == [9]
+    assert chosen(p.select(view(deviation), None)) == [0, 2, 4, 8, 9]
+    assert chosen(p.select(view(deviation), share(0.4))) == [0, 2, 8, 9]
+    assert chosen(p.select(view(deviation), share(0.3))) == [0, 8, 9]
+    assert chosen(p.select(view(deviation), share(0.2))) == [8, 9]
+    assert chosen(p.select(view(deviation), share(0.1))) == [9]
+    assert chosen(p.select(view(deviation), Budget("tokens", 3))) == [0, 8, 9]
 
 
 def test_budget_adds_nothing_below_the_threshold() -> None:
-    assert chosen(policy(tau_dev=1.5).select(view([0.9, 0.1, 0.1, 0.1], budget=1.0))) == [0]
+    assert chosen(policy(tau_dev=1.5).select(view([0.9, 0.1, 0.1, 0.1]), share(1.0))) == [0]
 
 
-def test_ties_go_to_the_earlier_position() -> None:
-    assert chosen(policy(tau_dev=1.0).select(view([0.5] * 8, budget=0.375))) == [0, 1, 2]
+def test_ties_go_by_position() -> None:
+    assert chosen(policy(tau_dev=1.0).select(view([0.5] * 8), share(0.375))) == [0, 1, 2]
 
 
 def test_a_tiny_budget_still_repairs_one_token() -> None:
-    assert chosen(policy(tau_dev=1.0).select(view([0.1, 0.1, 0.9, 0.1], budget=1e-6))) == [2]
+    assert chosen(policy(tau_dev=1.0).select(view([0.1, 0.1, 0.9, 0.1]), share(1e-6))) == [2]
 
 
 @given(
@@ -126,7 +143,8 @@ def test_selection_is_its_definition(
     n, tau = len(eighths), tau_quarters / 4
     deviation = [e / 8 for e in eighths]
     budget = None if budget_64 is None else budget_64 / 64
-    got = policy(tau_dev=tau, suffix=suffix).select(view(deviation, end=100 + n + beyond, budget=budget))
+    p = policy(tau_dev=tau, suffix=suffix)
+    got = p.select(view(deviation, beyond=beyond), None if budget is None else share(budget))
     # The mean of up to 40 eighths is rounded: what lies within its last bit may fall on either side.
     mean = torch.tensor(deviation).mean().item()
     tail = [i for i in range(n) if i >= n + beyond - suffix]
@@ -135,3 +153,58 @@ def test_selection_is_its_definition(
         ranked = sorted(keep, key=lambda i: (0, -i) if i in tail else (1, -eighths[i], i))
         keep = sorted(ranked[: max(1, int(budget * n))])
     assert chosen(got) == keep
+
+
+# ---------------------------------------------------------------------- cacheblend, legolink, probe
+
+
+def test_cacheblend_ranks_all_segments_together() -> None:
+    p = policy("cacheblend")
+    assert (p.whole, p.until) == (2, LAYERS)
+    assert chosen(p.select(view([0.1, 0.9, 0.1, 0.1], [0.8, 0.7, 0.2, 0.1]), share(0.375))) == [1, 4, 5]
+    assert p.expected_share(share(0.3)) == pytest.approx((2 + 0.3 * 10) / 12)
+
+
+def test_legolink_takes_the_first_tokens_of_each_text() -> None:
+    p = policy("legolink")
+    assert chosen(p.select(view([0.0] * 5, [0.0] * 3), Budget("tokens", 2))) == [0, 1, 5, 6]
+    assert chosen(p.select(view([0.0] * 20), p.default_budget)) == list(range(16))
+    # A run that goes on with the same text has no first tokens of its own.
+    v = view([0.0] * 3)
+    goes_on = PromptView(v.offsets, v.index + 40, v.left, None)
+    assert chosen(p.select(goes_on, Budget("tokens", 16))) == []
+
+
+def test_probe_ranks_by_score_and_nearness_to_the_texts_start() -> None:
+    p = policy("probe")
+    assert (p.whole, p.until) == (0, LAYERS)
+    assert chosen(p.select(view([1.0] * 6, [1.0] * 6), share(0.34))) == [0, 1, 6, 7]
+    # (0 + 4) ** -.35 = .616 and (5 + 4) ** -.35 = .463: the last token needs a third more.
+    assert chosen(p.select(view([1.0, 0, 0, 0, 0, 1.32]), Budget("tokens", 2)))[0] == 0
+    assert chosen(p.select(view([1.0, 0, 0, 0, 0, 1.32]), share(0.17))) == [0]
+    assert chosen(p.select(view([1.0, 0, 0, 0, 0, 1.34]), share(0.17))) == [5]
+
+
+def test_probe_budgets() -> None:
+    p = policy("probe")
+    flat = view([1.0] * 10, [1.0] * 10)
+    assert len(chosen(p.select(flat, Budget("tokens", 3)))) == 6, "per segment"
+    assert len(chosen(p.select(flat, share(0.2)))) == 4
+    assert p.expected_share(share(0.3)) == pytest.approx(0.3)
+
+
+@given(st.lists(st.floats(0, 10, width=32), min_size=1, max_size=50), st.integers(1, 20))
+def test_coverage_takes_the_fewest_tokens_that_carry_the_mass(signal: list[float], twentieths: int) -> None:
+    want = twentieths / 20
+    v = view(signal)
+    kept = chosen(policy("probe").select(v, Budget("coverage", want)))
+    score = torch.tensor(signal, dtype=torch.float32) * (v.index + 4).float() ** -0.35
+    mass = sorted(score.double().tolist(), reverse=True)
+    total = sum(mass)
+    if total == 0:
+        assert kept == []
+        return
+    assert sum(mass[: len(kept)]) >= want * total * (1 - 1e-9)
+    assert sum(mass[: len(kept) - 1]) < want * total * (1 + 1e-9)
+    smallest = min(score[i] for i in kept)
+    assert all(score[i] <= smallest for i in range(len(signal)) if i not in kept)

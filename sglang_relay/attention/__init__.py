@@ -1,5 +1,6 @@
 """Attention of an arbitrary sorted set of query positions over a request's KV, masked by absolute position."""
 
+from sglang_relay.attention.scores import ProbeRows, plan_probe, probe_scores
 from sglang_relay.attention.torch_sdpa import AttentionPlan, Sequence, attend, plan_attention
 
-__all__ = ["AttentionPlan", "Sequence", "attend", "plan_attention"]
+__all__ = ["AttentionPlan", "ProbeRows", "Sequence", "attend", "plan_attention", "plan_probe", "probe_scores"]

@@ -17,14 +17,15 @@ BLOCK_ROWS = 128
 
 
 class Sequence(NamedTuple):
-    """The active rows of one request.
+    """The active rows of one request and the keys that they may see.
 
-    positions: int64 numpy [n], strictly ascending positions in the prompt. slots: int64 [max(positions) + 1], the KV
-    slot of every position from 0.
+    positions: int64 numpy [n], strictly ascending positions in the prompt. keys: int64 numpy [m], strictly ascending
+    positions of the keys; None for ``0 .. m - 1``. slots: int64 [m], the KV slot of each key.
     """
 
     positions: np.ndarray
     slots: torch.Tensor
+    keys: np.ndarray | None = None
 
 
 class _Block(NamedTuple):
@@ -58,14 +59,15 @@ def plan_attention(sequences: list[Sequence], *, dtype: torch.dtype, device: tor
     """
     planned = []
     first = 0
-    for positions, slots in sequences:
-        planned.append(_SequencePlan(slots, _one_run(slots), _blocks(positions, first, dtype, device)))
+    for positions, slots, keys in sequences:
+        blocks = _blocks(positions, slots.numel(), keys, first, dtype, device)
+        planned.append(_SequencePlan(slots, _one_run(slots), blocks))
         first += len(positions)
     return AttentionPlan(tuple(planned))
 
 
 def _one_run(slots: torch.Tensor) -> tuple[int, int] | None:
-    if slots.device.type != "cpu":
+    if slots.device.type != "cpu" or not slots.numel():
         return None  # reading slot numbers back would stall the device
     low, high = int(slots[0]), int(slots[-1])
     if high - low + 1 != slots.numel() or not bool((slots[1:] - slots[:-1] == 1).all()):
@@ -73,23 +75,37 @@ def _one_run(slots: torch.Tensor) -> tuple[int, int] | None:
     return low, high + 1
 
 
-def _blocks(positions: np.ndarray, first: int, dtype: torch.dtype, device: torch.device) -> tuple[_Block, ...]:
+def _blocks(
+    positions: np.ndarray,
+    keys: int,
+    key_positions: np.ndarray | None,
+    first: int,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> tuple[_Block, ...]:
     count = len(positions)
     if count and not (positions[0] >= 0 and bool((np.diff(positions) > 0).all())):
         raise ValueError("query positions must be ascending")
+    at = np.arange(keys) if key_positions is None else key_positions
+    if len(at) != keys or not bool((np.diff(at) > 0).all()):
+        raise ValueError("key positions must be ascending, one per slot")
+    seen = np.searchsorted(at, positions, side="right")
+    """How many keys each query sees."""
+    if count and not bool((at[np.maximum(seen, 1) - 1] == positions).all()):
+        raise ValueError("a query's own key is missing")
     blocks = []
-    # The leading rows that are the prompt's own start attend to themselves only: the causal kernel needs no mask.
-    lead = int(np.searchsorted(positions != np.arange(count), True)) if count else 0
+    # Leading rows that see just the keys of each other and of themselves: the causal kernel needs no mask.
+    lead = int(np.searchsorted(seen != np.arange(1, count + 1), True)) if count else 0
     if lead:
         blocks.append(_Block(first, lead, lead, None, True))
     for low in range(lead, count, BLOCK_ROWS):
-        part = positions[low : low + BLOCK_ROWS]
-        keys = int(part[-1]) + 1
+        part = seen[low : low + BLOCK_ROWS]
+        last = int(part[-1])
         mask = None
         if len(part) > 1:
-            hidden = torch.arange(keys)[None, :] > torch.from_numpy(part)[:, None]
+            hidden = torch.arange(last)[None, :] >= torch.from_numpy(part)[:, None]
             mask = torch.zeros(hidden.shape, dtype=dtype).masked_fill_(hidden, float("-inf")).to(device)
-        blocks.append(_Block(first + low, len(part), keys, mask, False))
+        blocks.append(_Block(first + low, len(part), last, mask, False))
     return tuple(blocks)
 
 

@@ -27,7 +27,10 @@ def begin_chunk(req: Req, state: RelayRequest, depths: DepthMap) -> None:
     for key in ("relayed", "recomputed", "fresh", "segments"):
         state.report[key] = 0
     state.report["exact"] = min(req.prefix_len, len(req.origin_input_ids))
+    state.report["cost"] = 0.0
     state.fresh.clear()
+    state.pending, state.reused, state.layers = None, 0, 0
+    state.placed.clear()
     state.depth = 0
     if state.relays and req.prefix_len:
         state.depth = depths.depth(req.extra_key, tokens_of(req), req.prefix_len)
@@ -67,7 +70,7 @@ def count_chunk(req: Req, state: RelayRequest, plan: RelayPlan | None, policy: P
     if report["relayed"] + report["recomputed"]:
         report["declined"] = None
     elif state.relays and report["declined"] is None and end >= prompt:
-        report["declined"] = state.shortfall
+        report["declined"] = state.shortfall or "nothing_to_reuse"
     return fresh
 
 

@@ -49,7 +49,7 @@ class _Budget:
 
     def __init__(self, adder: Any, req: Req, state: RelayRequest, relay: RelayManager) -> None:
         self._adder, self._req, self._pieces = adder, req, state.pieces
-        self._share = relay.policy_of(state).expected_share()
+        self._share = relay.policy_of(state).expected_share(state.controls.budget)
         self._chunk, self._input = adder.rem_chunk_tokens, adder.rem_input_tokens
         self._admitted = len(adder.can_run_list)
         if self._chunk is not None and self._chunk > 0:

@@ -8,7 +8,7 @@ import torch
 from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
 from sglang.srt.mem_cache.memory_pool import KVWriteLoc
 
-from sglang_relay.attention import AttentionPlan, attend
+from sglang_relay.attention import AttentionPlan, ProbeRows, attend, probe_scores
 
 if TYPE_CHECKING:
     from sglang.srt.layers.radix_attention import RadixAttention
@@ -40,6 +40,31 @@ class DeviationProbe:
         self.cosine_sum = torch.cosine_similarity(fresh, cached, dim=-1).sum(-1)
 
 
+class LayerDone(Exception):
+    """Leaves the model in the middle of a layer whose K and V are all that was wanted of it.
+
+    Raised on every rank at the same layer, between two collectives.
+    """
+
+
+class AttentionProbe:
+    """What the probe queries look at, summed over the layers (design: policy-study.md, "The probe policy").
+
+    rows: the probe queries of each prompt. score: per prompt, float32 [tokens], over this rank's heads; layer ``l`` of
+    ``L`` counts ``(l + 1) / L``.
+    """
+
+    def __init__(self, rows: list[ProbeRows], layers: int) -> None:
+        self._rows = rows
+        self._layers = layers
+        self.score = [torch.zeros(r.wanted.numel(), dtype=torch.float32, device=r.wanted.device) for r in rows]
+
+    def measure(self, layer: RadixAttention, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> None:
+        weight = (layer.layer_id + 1) / self._layers
+        for rows, score in zip(self._rows, self.score, strict=True):
+            score.add_(probe_scores(rows, query, keys, values, layer.scaling), alpha=weight)
+
+
 class RelayAttentionBackend(AttentionBackend):
     """Swapped in through the forward context for one relay forward; the server's own backend is untouched."""
 
@@ -48,7 +73,10 @@ class RelayAttentionBackend(AttentionBackend):
         self.token_to_kv_pool = runner.token_to_kv_pool
         self.req_to_token_pool = runner.req_to_token_pool
         self.stage: AttentionPlan | None = None
-        self.probe: DeviationProbe | None = None
+        self.deviation: DeviationProbe | None = None
+        self.probe: AttentionProbe | None = None
+        self.last_of_rows: int | None = None
+        """The layer that ends with K and V (``LayerDone``)."""
         self.failure: Exception | None = None
         """The first host failure in a layer's attention. It is kept and not raised: the ranks meet in collectives
         between two layers, and a rank that left the model's forward would leave the others waiting there."""
@@ -67,13 +95,18 @@ class RelayAttentionBackend(AttentionBackend):
         **kwargs: Any,
     ) -> torch.Tensor:
         """q, k, v: the stage's rows. Returns [rows, heads * v_dim]; zeros once something has failed (``failure``)."""
-        rows = q.view(-1, layer.tp_q_head_num, layer.qk_head_dim).shape[0]
+        out = None
         if self.failure is None:
             try:
-                return self._extend(q, k, v, layer, forward_batch, save_kv_cache, kwargs)
+                out = self._extend(q, k, v, layer, forward_batch, save_kv_cache, kwargs)
             except Exception as error:
                 self.failure = error
-        return q.new_zeros(rows, layer.tp_q_head_num * layer.v_head_dim)
+        if layer.layer_id == self.last_of_rows:
+            raise LayerDone
+        if out is None:
+            rows = q.numel() // (layer.tp_q_head_num * layer.qk_head_dim)
+            out = q.new_zeros(rows, layer.tp_q_head_num * layer.v_head_dim)
+        return out
 
     def _extend(
         self,
@@ -84,19 +117,26 @@ class RelayAttentionBackend(AttentionBackend):
         forward_batch: ForwardBatch,
         save_kv_cache: bool,
         kwargs: dict[str, Any],
-    ) -> torch.Tensor:
-        """Raises NotImplementedError for attention arguments that have no place here (sinks, sparse indices)."""
+    ) -> torch.Tensor | None:
+        """None in the layer that ends with K and V.
+
+        Raises NotImplementedError for attention arguments that have no place here (sinks, sparse indices).
+        """
         if any(value is not None for value in kwargs.values()):
             raise NotImplementedError(f"attention arguments {sorted(kwargs)}")
         if self.stage is None:
             raise RuntimeError("no attention stage is planned")
         pool = self.token_to_kv_pool
         keys, values = pool.get_key_buffer(layer.layer_id), pool.get_value_buffer(layer.layer_id)
-        if self.probe is not None and self.probe.layer == layer.layer_id:
-            self.probe.measure(v.view(-1, layer.tp_v_head_num, layer.v_head_dim), values)
+        if self.deviation is not None and self.deviation.layer == layer.layer_id:
+            self.deviation.measure(v.view(-1, layer.tp_v_head_num, layer.v_head_dim), values)
         if save_kv_cache:
             pool.set_kv_buffer(layer, KVWriteLoc(forward_batch.out_cache_loc, None), k, v)
         query = q.view(-1, layer.tp_q_head_num, layer.qk_head_dim)
+        if self.probe is not None:
+            self.probe.measure(layer, query, keys, values)
+        if layer.layer_id == self.last_of_rows:
+            return None
         out = query.new_empty(query.shape[0], layer.tp_q_head_num, layer.v_head_dim)
         attend(self.stage, query, keys, values, layer.scaling, out)
         return out.flatten(1)

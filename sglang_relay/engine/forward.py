@@ -1,204 +1,253 @@
-"""The staged forward of a relayed batch: place donor KV, then run layer ranges over shrinking sets of rows.
+"""The forward of a relayed batch: place donor KV, choose what to repair, run layer ranges over sets of rows.
 
-Stages are calls of ``model.forward_split_prefill`` (models/llama.py and 12 more), not hooks on the layers. A hook that
-swaps rows has to replace the positions of every later layer, needs a special case after the last layer, stays
-installed while the server decodes, and when it does not fire nobody notices. A stage is a plain call with its own
-ForwardBatch; the one that ends with the last layer also runs the final norm and the logits, which read the last row of
-each request, fresh in every stage. Between two calls the rows move through the residual stream's own export and
-hand-off, which complete an all-reduce that tensor parallelism may still owe. The price: models without the method are
-served stock, by name (``model_without_layer_split``).
+What is chosen, and from what, is the policy's (``policies/base.py``): by the deviation that the first layers show, by a
+probe pass of the prompt's last tokens, or beforehand. In the last layer only the rows whose logits are read go beyond
+K and V.
 """
 
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
-from sglang.srt.layers.layer_boundary.residual import batch as residual_batch
-from sglang.srt.layers.layer_boundary.residual.add_norm import PLAIN_ADD
-from sglang.srt.layers.layer_boundary.residual.stream import ResidualStream
-from sglang.srt.model_executor.forward_batch_info import ForwardMode
-from sglang.srt.model_executor.forward_context import ForwardContext, forward_context
 from sglang.srt.model_executor.model_runner import ModelRunnerOutput
-from sglang.srt.runtime_context import get_model, get_parallel
+from sglang.srt.runtime_context import get_parallel
 from sglang_relay_kernels.realign import realign  # pyright: ignore[reportMissingImports]
 
-from sglang_relay.attention import Sequence, plan_attention
-from sglang_relay.engine.backend import DeviationProbe, RelayAttentionBackend
+from sglang_relay.attention import AttentionPlan, ProbeRows, plan_attention, plan_probe
+from sglang_relay.engine.backend import AttentionProbe, DeviationProbe, RelayAttentionBackend
+from sglang_relay.engine.layout import Layout, Span
+from sglang_relay.engine.stage import Stage
 from sglang_relay.plan import Decline
-from sglang_relay.policies import SelectionView
+from sglang_relay.policies import PromptView
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 
     from sglang_relay.engine.manager import BatchPlan, RelayManager
     from sglang_relay.rotary import DeltaRotary
 
 
-@dataclass(slots=True)
-class _Reused:
-    """Reused tokens of one segment, in rows of the batch. rows, source: int64 numpy [n]."""
+class Work(NamedTuple):
+    """What one plan's repair took. selected: reused tokens that the policy chose; layers: token-layers that ran on
+    account of the repair, probe pass and rows of earlier chunks included."""
 
-    plan: int
-    rows: np.ndarray
-    positions: np.ndarray
-    source: np.ndarray
-    slots: torch.Tensor
-    exact: bool
-    end: int
-    budget: float | None
+    selected: int
+    layers: int
 
 
 class StagedForward:
     """One relay forward. ``prepare`` and ``place`` may fail on one rank alone, so the ranks agree after them; ``run``
     holds the model's collectives, and agrees wherever the relay's own code ran between them."""
 
-    def __init__(self, runner: Any, batch: ForwardBatch, planned: BatchPlan, rotary: DeltaRotary) -> None:
+    def __init__(
+        self, runner: Any, batch: ForwardBatch, planned: BatchPlan, rotary: DeltaRotary, probe_queries: int
+    ) -> None:
         self.runner = runner
         self.batch = batch
         self.policy = planned.policy
         self.plans = planned.plans
         self.rotary = rotary
-        self.layers = runner.model_config.num_hidden_layers
-        self.device = batch.out_cache_loc.device
+        self.probe_queries = probe_queries
+        self.layers: int = runner.model_config.num_hidden_layers
+        self.selected = [0] * len(self.plans)
+        self.work = [0] * len(self.plans)
 
     # ------------------------------------------------------------------ prepare
 
     def prepare(self) -> None:
         """Lay out rows and plan the first stage. Raises Decline when the batch is not what was planned."""
-        batch = self.batch
-        if not batch.forward_mode.is_extend() or batch.extend_seq_lens_cpu is None:
-            raise Decline("unexpected_forward_mode", str(batch.forward_mode))
-        lens, prefixes = list(batch.extend_seq_lens_cpu), list(batch.extend_prefix_lens_cpu or ())
-        if len(lens) != batch.batch_size or len(prefixes) != len(lens) or sum(lens) != batch.input_ids.shape[0]:
-            raise Decline("unexpected_batch_shape", f"{lens} {prefixes} {tuple(batch.input_ids.shape)}")
-        self.starts = np.concatenate(([0], np.cumsum(lens))).astype(np.int64)
-        self.positions = np.concatenate([np.arange(p, p + n) for p, n in zip(prefixes, lens, strict=True)])
-        self.owner = np.repeat(np.arange(len(lens)), lens)
-        self.reused: list[_Reused] = []
-        copied = np.zeros(len(self.positions), dtype=bool)
-        exact = np.zeros(len(self.positions), dtype=bool)
-        for number, plan in enumerate(self.plans):
-            if prefixes[plan.row] != plan.prefix or lens[plan.row] != plan.stop - plan.prefix:
-                raise Decline("unexpected_batch_shape", f"row {plan.row} extends {prefixes[plan.row]}+{lens[plan.row]}")
-            for s in plan.segments:
-                rows = np.arange(s.start, s.stop) - plan.prefix + self.starts[plan.row]
-                copied[rows] = True
-                exact[rows] = s.exact
-                source = np.arange(s.source, s.source + s.length)
-                positions = np.arange(s.start, s.stop)
-                self.reused.append(_Reused(number, rows, positions, source, s.slots, s.exact, s.end, plan.budget))
-        self.fresh = np.flatnonzero(~copied)
-        self.whole = np.flatnonzero(~exact)
-        table = self.runner.req_to_token_pool.req_to_token
-        ends = [p + n for p, n in zip(prefixes, lens, strict=True)]
-        self.slots = [table[row, :end].long() for row, end in zip(self._pool_rows(), ends, strict=True)]
-        source = np.concatenate([r.source for r in self.reused])
-        target = np.concatenate([r.positions for r in self.reused])
-        if max(source.max(), target.max()) >= self.rotary.positions:
-            raise Decline("rotary_table_short", f"position {max(source.max(), target.max())}")
-        self.source, self.target = self._tensor(source), self._tensor(target)
-        first = self.fresh if self.policy.whole == 0 else self.whole
+        self.layout = layout = Layout(self.runner, self.batch, self.plans)
         self.backend = RelayAttentionBackend(self.runner)
-        self.first = first, self._attention(first)
-        if self.policy.selects:
-            self._prepare_probe()
+        self.fresh = np.flatnonzero(layout.fresh)
+        self.ends = self._rows_with_logits()
+        self.placing = [s for s in layout.spans if s.source is not None]
+        if self.placing:
+            source = np.concatenate([s.sources for s in self.placing])
+            target = np.concatenate([s.positions for s in self.placing])
+            if max(source.max(), target.max()) >= self.rotary.positions:
+                raise Decline("rotary_table_short", f"position {max(source.max(), target.max())}")
+            self.source, self.target = layout.tensor(source), layout.tensor(target)
+        self.head = np.empty(0, dtype=np.int64)
+        if self.policy.probes:
+            first, attention = self._prepare_probe()
+        else:
+            first = self._first_rows()
+            attention = self._attend(first)
+        self.first = Stage(self.runner.model, layout, self.backend, first, attention)
+        if self.policy.signal == "deviation":
+            self._prepare_deviation()
 
-    def _pool_rows(self) -> list[int]:
-        """Rows of the requests in req_to_token; from the host's copy where it is complete, which spares a sync."""
-        batch = self.batch
-        known = batch.req_pool_indices_cpu
-        complete = known is not None and len(known) == batch.batch_size
-        return (known if complete else batch.req_pool_indices).tolist()  # type: ignore[union-attr]
+    def _first_rows(self) -> np.ndarray:
+        if self.policy.whole:
+            exact = self.layout.rows_of([s for s in self.layout.spans if s.exact])
+            self._count_work(self.layout.approximate(), self.policy.whole)
+            return np.setdiff1d(np.arange(len(self.layout.positions)), exact)
+        if self.policy.signal == "none":
+            return self._with_selected(self.fresh, [None] * len(self.plans))
+        return self.fresh
 
-    def _prepare_probe(self) -> None:
-        repaired = [r for r in self.reused if not r.exact]
-        if repaired:
-            rows = np.searchsorted(self.whole, np.concatenate([r.rows for r in repaired]))
-            slots = torch.cat([r.slots for r in repaired]).to(self.device)
+    def _count_work(self, spans: list[Span], layers: int) -> None:
+        for span in spans:
+            self.work[span.plan] += span.length * layers
+
+    def _prepare_deviation(self) -> None:
+        spans = self.layout.approximate()
+        if spans:
+            rows = np.searchsorted(self.first.rows, self.layout.rows_of(spans))
+            slots = torch.cat([s.slots for s in spans if s.slots is not None]).to(self.layout.device)
             heads = self.runner.token_to_kv_pool.head_num
-            self.backend.probe = DeviationProbe(self.policy.whole - 1, heads, self._tensor(rows), slots)
+            self.backend.deviation = DeviationProbe(self.policy.whole - 1, heads, self.layout.tensor(rows), slots)
 
-    def _tensor(self, values: np.ndarray) -> torch.Tensor:
-        return torch.from_numpy(np.ascontiguousarray(values, dtype=np.int64)).to(self.device, non_blocking=True)
+    def _prepare_probe(self) -> tuple[np.ndarray, AttentionPlan]:
+        """The probe pass: of each prompt that ends here, the fresh tokens before its first segment, which are final,
+        and its last fresh ones, which look at the segments. What lies between is not computed yet, and not seen."""
+        layout = self.layout
+        asked: list[tuple[int, np.ndarray, list[Span]]] = []
+        head: list[np.ndarray] = []
+        for number, plan in enumerate(self.plans):
+            spans = layout.approximate(number)
+            if not plan.last or not spans:
+                continue
+            low, high = int(layout.starts[plan.row]), int(layout.starts[plan.row + 1])
+            fresh = low + np.flatnonzero(layout.fresh[low:high])
+            head.append(fresh[fresh < spans[0].row])
+            asked.append((number, fresh[fresh >= spans[-1].stop][-self.probe_queries :], spans))
+            again = int(np.count_nonzero(layout.positions[fresh] < plan.prefix))
+            self.work[number] += (len(asked[-1][1]) + again) * self.layers
+        self.head = np.concatenate([*head, self.head])
+        rows = np.sort(np.concatenate([self.head, *(queries for _, queries, _ in asked)]))
+        in_chunk = np.zeros(len(layout.positions), dtype=bool)
+        prefixes = np.array(list(self.batch.extend_prefix_lens_cpu or ()))
+        in_chunk[:] = layout.positions >= prefixes[layout.owner]
+        missing = layout.fresh & in_chunk
+        missing[rows] = False
+        probes = [self._probe_rows(rows, queries, spans, missing) for _, queries, spans in asked]
+        self.asked = [number for number, _, _ in asked]
+        if probes:
+            self.backend.probe = AttentionProbe(probes, self.layers)
+        return rows, self._attend(rows, missing)
 
-    def _attention(self, rows: np.ndarray) -> Any:
-        cuts = np.searchsorted(rows, self.starts)
-        sequences = []
-        for i, slots in enumerate(self.slots):
-            positions = self.positions[rows[cuts[i] : cuts[i + 1]]]
-            if not len(positions):
-                raise Decline("empty_stage", f"request {i} has no active row")
-            sequences.append(Sequence(positions, slots[: int(positions[-1]) + 1]))
-        return plan_attention(sequences, dtype=self.runner.dtype, device=self.device)
+    def _probe_rows(self, rows: np.ndarray, queries: np.ndarray, spans: list[Span], missing: np.ndarray) -> ProbeRows:
+        layout = self.layout
+        request = int(layout.owner[queries[0]])
+        positions = layout.positions[queries]
+        keys = layout.keys(request, int(positions[-1]) + 1, missing)
+        slots = layout.slots[request][layout.tensor(keys)]
+        wanted = np.concatenate([s.positions for s in spans])
+        return plan_probe(np.searchsorted(rows, queries), positions, keys, slots, wanted)
+
+    def _attend(self, rows: np.ndarray, missing: np.ndarray | None = None) -> AttentionPlan:
+        sequences = self.layout.sequences(rows, missing)
+        return plan_attention(sequences, dtype=self.runner.dtype, device=self.layout.device)
+
+    def _rows_with_logits(self) -> np.ndarray:
+        """Each request's last row, and those whose prompt logprobs are asked for; fresh in every stage."""
+        layout, batch = self.layout, self.batch
+        counts = np.ones(len(layout.stops), dtype=np.int64)
+        if batch.return_logprob and batch.extend_logprob_start_lens_cpu is not None:
+            lens = np.array(batch.extend_seq_lens_cpu)
+            counts = np.maximum(counts, lens - np.array(batch.extend_logprob_start_lens_cpu))
+        ends = layout.starts[1:]
+        return np.concatenate([np.arange(end - count, end) for end, count in zip(ends, counts, strict=True)])
 
     # ------------------------------------------------------------------ run
 
     @torch.no_grad()
     def place(self) -> None:
         """Copy donor K and V to the requests' own slots, keys turned to their new positions, in all layers."""
-        pool = self.runner.token_to_kv_pool
-        source_slots = torch.cat([r.slots for r in self.reused]).to(self.device)
-        rows = self._tensor(np.concatenate([r.rows for r in self.reused]))
+        if not self.placing:
+            return
+        pool, layout = self.runner.token_to_kv_pool, self.layout
         cos, sin = self.rotary.factors(self.source, self.target)
         realign(
             pool.k_buffer,
             pool.v_buffer,
-            source_slots,
-            self.batch.out_cache_loc.index_select(0, rows).long(),
+            torch.cat([s.slots for s in self.placing if s.slots is not None]).to(layout.device),
+            layout.out_loc.index_select(0, layout.tensor(layout.rows_of(self.placing))).long(),
             cos,
             sin,
             neox=self.rotary.neox,
             rotary_dim=self.rotary.rotary_dim,
         )
 
-    def run(self, relay: RelayManager) -> tuple[Any, list[int]]:
-        """Returns the logits output and, per plan, how many of its reused tokens the policy selected.
+    def run(self, relay: RelayManager) -> tuple[Any, list[Work]]:
+        """Returns the logits output and what each plan's repair took.
 
         Between the layers nothing of the relay raises, and after each stage the ranks agree, so that all of them leave
         at the same point. Raises Decline on every rank when one of them failed or selected other rows.
         """
-        policy = self.policy
-        counts = [0] * len(self.plans)
-        stage = _Stage(self, self.first[0], self.first[1])
-        done = policy.whole or self.layers
-        output = stage.layers(0, done)
-        if policy.selects and done < self.layers:
-            deviation = self._deviation()
-            stage = self._next(relay, stage, lambda: self._select(deviation, counts))
-            if policy.until > done:
-                output = stage.layers(done, policy.until)
-                done = policy.until
-                if done < self.layers:
-                    stage = self._next(relay, stage, lambda: self.fresh)
-        if done < self.layers:
-            output = stage.layers(done, self.layers)
-        self._agree(relay, None, len(counts))
-        return output, counts
+        if self.policy.probes:
+            output = self._run_probed(relay)
+        elif self.policy.signal == "deviation":
+            output = self._run_deviating(relay)
+        else:
+            output = self._finish(relay, self.first, 0)
+        self._agree(relay, None, 0)
+        return output, [Work(*pair) for pair in zip(self.selected, self.work, strict=True)]
 
-    def _next(self, relay: RelayManager, before: _Stage, rows: Callable[[], np.ndarray]) -> _Stage:
-        """The stage that goes on with ``rows()``, a subset of the rows of ``before``; the same on every rank."""
-        stage, failure, digest = before, None, 0
+    def _run_deviating(self, relay: RelayManager) -> Any:
+        whole, until = self.policy.whole, self.policy.until
+        if whole == self.layers:
+            return self._finish(relay, self.first, 0)
+        self.first.layers(0, whole)
+        if until == whole:  # selected or not, no reused token goes on
+            (stage,) = self._next(relay, self.first, lambda: [self.fresh])
+            return self._finish(relay, stage, whole)
+        signals = self._deviations()
+        (stage,) = self._next(relay, self.first, lambda: [self._with_selected(self.fresh, signals)])
+        if until < self.layers:
+            stage.layers(whole, until)
+            (stage,) = self._next(relay, stage, lambda: [self.fresh])
+            return self._finish(relay, stage, until)
+        return self._finish(relay, stage, whole)
+
+    def _run_probed(self, relay: RelayManager) -> Any:
+        if len(self.first.rows):
+            self.first.keys_and_values(0, self.layers - 1)
+        probe, signals = self.backend.probe, self._attention_scores()
+        self.backend.probe = None
+        assert (probe is None) == (not self.asked)
+        rest = np.setdiff1d(self.fresh, self.head)
+        (stage,) = self._next(relay, None, lambda: [self._with_selected(rest, signals)])
+        return self._finish(relay, stage, 0)
+
+    def _finish(self, relay: RelayManager, stage: Stage, done: int) -> Any:
+        """Layers ``[done, layers)``; of the last one, K and V of all rows, and the rest of it where logits are read."""
+        last = self.layers - 1
+        if done >= last or len(self.ends) == len(stage.rows):
+            return stage.layers(done, self.layers)
+        stage.layers(done, last)
+        ends, others = self._next(relay, stage, lambda: [self.ends, stage.rows])
+        others.keys_and_values(last, last)
+        return ends.layers(last, self.layers)
+
+    def _next(self, relay: RelayManager, before: Stage | None, rows: Callable[[], list[np.ndarray]]) -> list[Stage]:
+        """The stages that go on with each of ``rows()``, subsets of the rows of ``before``, or start from their
+        embeddings (None); the same on every rank."""
+        stages: list[Stage] = []
+        failure, digest = None, 0
         if self.backend.failure is None:
             try:
-                active = rows()
-                stage = _Stage(self, active, self._attention(active))
-                digest = int(np.dot(active, np.arange(1, len(active) + 1)) & ((1 << 62) - 1))
+                for active in rows():
+                    stage = Stage(self.runner.model, self.layout, self.backend, active, self._attend(active))
+                    digest = (digest * 31 + int(np.dot(active, np.arange(1, len(active) + 1)))) % (1 << 61)
+                    stages.append(stage)
             except Exception as error:
                 failure = relay.failure("select", error)
         self._agree(relay, failure, digest)
-        state = before.export()
-        try:
-            stage.take_over(before, *state)
-        except Exception as error:
-            failure = relay.failure("hand_over", error)
-        self._agree(relay, failure, digest)
-        return stage
+        if before is not None:
+            state = before.export()
+            try:
+                for stage in stages:
+                    stage.take_over(before.rows, *state)
+            except Exception as error:
+                failure = relay.failure("hand_over", error)
+            self._agree(relay, failure, digest)
+        return stages
 
     def _agree(self, relay: RelayManager, failure: str | None, digest: int) -> None:
         """All ranks came this far with the same ``digest``; else Decline on all of them."""
@@ -207,120 +256,64 @@ class StagedForward:
         if not relay.consensus.agree(failure is None, digest):
             raise Decline(failure or "ranks_disagree", "one rank failed, or the selected rows differ")
 
-    def _deviation(self) -> torch.Tensor | None:
-        """float32 [n]: 1 - mean cosine over the KV heads of all ranks, equal on all of them; None without reused rows.
+    # ------------------------------------------------------------------ select
+
+    def _deviations(self) -> list[torch.Tensor | None]:
+        """Per plan, float32 [n]: 1 - mean cosine over the KV heads of all ranks, equal on all of them.
 
         A collective: a rank whose measurement failed takes part with zeros, and is found out by the agreement after it.
         """
-        probe = self.backend.probe
+        probe = self.backend.deviation
         if probe is None:
-            return None
-        group = get_parallel().tp_group
-        if group.world_size == 1:
-            return 1.0 - probe.cosine_sum / probe.heads
-        packed = torch.cat((probe.cosine_sum, probe.cosine_sum.new_tensor([float(probe.heads)])))
-        packed = group.all_reduce(packed)
-        return 1.0 - packed[:-1] / packed[-1]
+            return [None] * len(self.plans)
+        packed = _sum_over_ranks(torch.cat((probe.cosine_sum, probe.cosine_sum.new_tensor([float(probe.heads)]))))
+        deviation = 1.0 - packed[:-1] / packed[-1]
+        counts = [sum(s.length for s in self.layout.approximate(i)) for i in range(len(self.plans))]
+        return list(deviation.split(counts))
 
-    def _select(self, deviation: torch.Tensor | None, counts: list[int]) -> np.ndarray:
-        """Rows active after the whole-segment stage: fresh ones and those the policy selects."""
+    def _attention_scores(self) -> list[torch.Tensor | None]:
+        """Per plan, float32 [n]: the probe's scores over the heads of all ranks; None for plans that do not end here.
+
+        A collective, as ``_deviations``."""
+        signals: list[torch.Tensor | None] = [None] * len(self.plans)
         probe = self.backend.probe
-        if probe is None or deviation is None:
-            return self.fresh
-        if not probe.measured:
+        if probe is not None:
+            packed = _sum_over_ranks(torch.cat(probe.score))
+            for number, part in zip(self.asked, packed.split([s.numel() for s in probe.score]), strict=True):
+                signals[number] = part
+        return signals
+
+    def _with_selected(self, rows: np.ndarray, signals: list[torch.Tensor | None]) -> np.ndarray:
+        """``rows`` and the rows that the policy selects; its work is counted."""
+        policy, layout = self.policy, self.layout
+        probe = self.backend.deviation
+        if probe is not None and not probe.measured:
             raise RuntimeError(f"layer {probe.layer} did not report its values")
-        active = np.zeros(len(self.positions), dtype=bool)
-        active[self.fresh] = True
-        at = 0
-        for r in (r for r in self.reused if not r.exact):
-            part = deviation[at : at + len(r.rows)]
-            at += len(r.rows)
-            keep = self.policy.select(SelectionView(part, self._tensor(r.positions), r.end, r.budget))
-            chosen = r.rows[keep.cpu().numpy()]
+        active = np.zeros(len(layout.positions), dtype=bool)
+        active[rows] = True
+        for number, (plan, signal) in enumerate(zip(self.plans, signals, strict=True)):
+            spans = layout.approximate(number)
+            if not spans or (signal is None and policy.signal != "none"):
+                continue
+            keep = policy.select(self._view(spans, signal), plan.budget)
+            chosen = layout.rows_of(spans)[keep.cpu().numpy()]
             active[chosen] = True
-            counts[r.plan] += len(chosen)
+            self.selected[number] = len(chosen)
+            self.work[number] += len(chosen) * (policy.until - policy.whole)
         return np.flatnonzero(active)
 
+    def _view(self, spans: list[Span], signal: torch.Tensor | None) -> PromptView:
+        offsets = np.concatenate(([0], np.cumsum([s.length for s in spans])))
+        index = np.concatenate([s.index + np.arange(s.length) for s in spans])
+        left = np.concatenate([s.end - s.positions for s in spans])
+        # What is chosen beforehand is chosen on the host.
+        tensor = torch.from_numpy if signal is None else self.layout.tensor
+        return PromptView(tuple(offsets.tolist()), tensor(index), tensor(left), signal)
 
-class _Stage:
-    """A set of rows that runs through a range of layers; may take the rows' state over from the stage before it."""
 
-    def __init__(self, forward: StagedForward, rows: np.ndarray, attention: Any) -> None:
-        self.forward = forward
-        self.rows = rows
-        self.attention = attention
-        self.batch = self._batch()
-
-    def _batch(self) -> ForwardBatch:
-        f, full = self.forward, self.forward.batch
-        whole = len(self.rows) == len(f.positions)
-        index = f._tensor(self.rows)
-
-        def pick(values: torch.Tensor) -> torch.Tensor:
-            return values if whole else values.index_select(0, index)
-
-        lens = np.diff(np.searchsorted(self.rows, f.starts))
-        lens_cpu = lens.tolist()
-        starts = None
-        if full.extend_logprob_start_lens_cpu is not None:
-            # Logprob rows are counted from a chunk's end, and the rows they need are fresh in every stage.
-            old = zip(full.extend_seq_lens_cpu or (), full.extend_logprob_start_lens_cpu, lens_cpu, strict=True)
-            starts = [now - (n - start) for n, start, now in old]
-            if min(starts) < 0:
-                raise Decline("input_logprobs", "prompt logprobs inside a reused segment")
-        changes: dict[str, Any] = {
-            "forward_mode": ForwardMode.EXTEND,
-            "input_ids": pick(full.input_ids),
-            "positions": pick(full.positions),
-            "out_cache_loc": pick(full.out_cache_loc),
-            "extend_num_tokens": len(self.rows),
-            "extend_seq_lens_cpu": lens_cpu,
-            "extend_logprob_start_lens_cpu": starts,
-            "hidden_states": None,
-            "residual_stream": None,
-        }
-        for name, values in (("extend_seq_lens", lens), ("extend_start_loc", np.cumsum(lens) - lens)):
-            tensor = getattr(full, name)
-            if tensor is not None:
-                changes[name] = f._tensor(values).to(tensor.dtype)
-        if full.global_num_token_non_padded_cpu is not None:
-            changes["global_num_token_non_padded_cpu"] = len(self.rows)
-        for name in ("global_num_token_non_padded", "num_token_non_padded"):
-            tensor = getattr(full, name)
-            if tensor is not None:
-                changes[name] = torch.full_like(tensor, len(self.rows))
-        return replace(full, **changes)
-
-    def export(self) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """The rows' hidden states and residual (sglang/srt/layers/layer_boundary/residual/stream.py), once. A
-        collective where an all-reduce is still owed. Raises NotImplementedError, on every rank, for a stream whose
-        pending update is no plain addition."""
-        stream = residual_batch.stream_of(self.batch)
-        if stream.pending is None or stream.pending.update is None or not stream.pending.update.is_plain_add:
-            raise NotImplementedError("residual stream is not a plain addition")
-        hidden, residual = stream.export(self.batch.hidden_states)
-        residual_batch.clear(self.batch)
-        return hidden, residual  # type: ignore[return-value]
-
-    def take_over(self, before: _Stage, hidden: torch.Tensor, residual: torch.Tensor | None) -> None:
-        """Go on from what ``before`` exported. Both tensors are copied: the fused add + norm of the next layer writes
-        the residual in place."""
-        index = self.forward._tensor(np.searchsorted(before.rows, self.rows))
-        hidden = hidden.index_select(0, index)
-        residual = None if residual is None else residual.index_select(0, index)
-        handle, self.batch.residual_stream = ResidualStream.from_handoff(hidden, residual, PLAIN_ADD)
-        self.batch.hidden_states = handle  # type: ignore[assignment]
-
-    def layers(self, start: int, stop: int) -> Any:
-        """Run layers ``[start, stop)``; the logits output when ``stop`` is the number of layers, else None."""
-        f, batch = self.forward, self.batch
-        f.backend.stage = self.attention
-        model = f.runner.model
-        with (
-            get_model().override(shared_experts=model.shared_experts_config),
-            forward_context(ForwardContext(attn_backend=f.backend), forward_batch=batch),
-        ):
-            return model.forward_split_prefill(batch.input_ids, batch.positions, batch, (start, stop))
+def _sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
+    group = get_parallel().tp_group
+    return values if group.world_size == 1 else group.all_reduce(values)
 
 
 def relay_forward(
@@ -338,7 +331,7 @@ def relay_forward(
     The stock forward writes K and V of every extended row itself, so whatever was placed before is overwritten.
     """
     began = time.perf_counter()
-    staged = StagedForward(runner, batch, planned, rotary)
+    staged = StagedForward(runner, batch, planned, rotary, relay.config.probe_queries)
     reason, step = None, "prepare"
     try:
         staged.prepare()
@@ -353,7 +346,7 @@ def relay_forward(
     if relay.consensus.agree(reason is None, len(planned.plans)):
         try:
             with torch.no_grad():
-                logits, selected = staged.run(relay)
+                logits, work = staged.run(relay)
         except Decline as decline:
             reason = decline.reason
             relay.log_once(reason, str(decline))
@@ -361,7 +354,7 @@ def relay_forward(
             reason = relay.failure("forward", error)
         else:
             runner.forward_pass_id += 1
-            relay.count_selected(planned, selected)
+            relay.count_work(planned, work)
             relay.stats.place_seconds += placed - began
             relay.stats.forward_seconds += time.perf_counter() - placed
             relay.stats.batch()

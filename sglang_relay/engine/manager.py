@@ -9,11 +9,11 @@ from __future__ import annotations
 import logging
 import time
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from sglang.srt.managers.schedule_batch import FINISH_ABORT
 
-from sglang_relay.config import POLICIES, RelayConfig
+from sglang_relay.config import RelayConfig
 from sglang_relay.engine.accounting import begin_chunk, chunk_end, computed_spans, count_chunk, count_fallback
 from sglang_relay.engine.consensus import Consensus, digest_of
 from sglang_relay.engine.donors import EXACT_PREFIX, Donors, Held, tokens_of
@@ -21,14 +21,17 @@ from sglang_relay.engine.guards import batch_reason, request_reason
 from sglang_relay.engine.matching import Matcher
 from sglang_relay.engine.namespaces import Namespaces, Tenant
 from sglang_relay.engine.report import REPORT_KEY, Stats
-from sglang_relay.engine.requests import RelayRequest, new_report, read_controls, relay_of
+from sglang_relay.engine.requests import Controls, RelayRequest, new_report, read_controls, relay_of
 from sglang_relay.index import ContentIndex, DepthMap
-from sglang_relay.plan import Candidate, Decline, RelayPlan, Segment
-from sglang_relay.policies import Policy, make_policy
+from sglang_relay.plan import Candidate, Decline, Pending, Placed, RelayPlan, Segment
+from sglang_relay.policies import Policy, make_policies
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
 
+    from sglang_relay.engine.forward import Work
     from sglang_relay.engine.tree import RelayCache
 
 logger = logging.getLogger(__name__)
@@ -90,12 +93,8 @@ class RelayManager:
         self.donors = Donors(tree, self.index)
         self.matcher = Matcher(config, self.index, self.donors, self.depths, self.namespaces)
         self.layers = config.resolve_layer_range(num_layers)
-        self._policies = {
-            name: make_policy(
-                name, num_layers=num_layers, layers=self.layers, tau_dev=config.tau_dev, suffix=config.suffix
-            )
-            for name in POLICIES
-        }
+        self._num_layers = num_layers
+        self._policies = make_policies(config, num_layers)
         self._logged: set[str] = set()
         self._outstanding: BatchPlan | None = None
 
@@ -108,13 +107,13 @@ class RelayManager:
         """Give a new request its relay state and, if it may relay, its namespace."""
         tenant = Tenant(req.extra_key, req.cache_salt, None)
         try:
-            controls = read_controls(req.sampling_params.custom_params, self.config)
+            controls = self._controls(req.sampling_params.custom_params)
             tenant = tenant._replace(scope=controls.scope)
             declined = self._admission_reason(req, controls.mode, tenant, has_multimodal)
         except Decline as decline:
             self.log_once(decline.reason, str(decline))
             declined = decline.reason
-            controls = read_controls({"relay": "off"}, self.config)
+            controls = self._controls({"relay": "off"})
         report = new_report(None if declined else controls.policy, declined)
         state = RelayRequest(controls, tenant, self.namespaces.epoch, report, declined)
         req.relay = state  # type: ignore[attr-defined]
@@ -125,13 +124,16 @@ class RelayManager:
         else:
             self.stats.decline(declined)
 
+    def _controls(self, params: Mapping[str, Any] | None) -> Controls:
+        return read_controls(params, self.config, self._policies)
+
     def agree_on(self, req: Req, key: str | None, failed: str | None) -> None:
         """All ranks relay ``req`` in one namespace, or none does; ``key``: the client's extra_key."""
         if self.unsupported or self.consensus.agree(failed is None, digest_of(req.rid, req.extra_key)):
             return
         reason = failed or "ranks_disagree"
         req.extra_key, req.relay = key, None  # type: ignore[attr-defined]
-        controls = read_controls({"relay": "off"}, self.config)
+        controls = self._controls({"relay": "off"})
         report = new_report(None, reason)
         req.customized_info = {**(req.customized_info or {}), REPORT_KEY: [report]}
         state = RelayRequest(controls, Tenant(key, req.cache_salt, None), self.namespaces.epoch, report, reason)
@@ -172,7 +174,7 @@ class RelayManager:
         pieces: list[Candidate] = []
         failed = None
         try:
-            pieces = self.matcher.pieces(req, state)
+            pieces = self.matcher.pieces(req, state, self.policy_of(state))
         except Exception as error:
             failed = self.failure("match", error)
         vote = self.consensus.vote(failed is None, digest_of(req.rid, [tuple(p) for p in pieces]))
@@ -205,6 +207,9 @@ class RelayManager:
         if self._outstanding is not None:
             self.donors.release(self._outstanding.held)
         states = [relay_of(r) for r in batch.reqs]
+        for req, state in zip(batch.reqs, states, strict=True):
+            if state is not None:
+                begin_chunk(req, state, self.depths)
         planned = self._agreed_plan(batch, states) if any(s is not None and s.relays for s in states) else None
         try:
             self._count(batch, states, planned)
@@ -219,7 +224,6 @@ class RelayManager:
         for row, (req, state) in enumerate(zip(batch.reqs, states, strict=True)):
             if state is not None:
                 plan = plans.get(row)
-                begin_chunk(req, state, self.depths)
                 before = state.report["declined"]
                 fresh = count_chunk(req, state, plan, planned.policy if planned is not None else None)
                 if (reason := state.report["declined"]) not in (None, before):
@@ -255,15 +259,14 @@ class RelayManager:
         held: list[Held] = []
         try:
             for row, (req, state) in enumerate(zip(batch.reqs, states, strict=True)):
-                if state is None or not state.relays or not state.pieces:
+                if state is None or not state.relays or not (state.pieces or state.placed):
                     continue
                 if policy is not None and self.policy_of(state) is not policy:
                     self._decline(state, "other_policy_in_batch")
                     continue
-                segments = self._segments(req, state, held)
-                if segments:
+                plan = self._plan_request(row, req, state, held)
+                if plan.segments or plan.pending is not None:
                     policy = self.policy_of(state)
-                    plan = RelayPlan(row, req.prefix_len, chunk_end(req), tuple(segments), state.controls.budget)
                     plan.check(self.pool_slots)
                     plans.append(plan)
             if policy is None:
@@ -274,11 +277,23 @@ class RelayManager:
             raise
         return BatchPlan(policy, plans, list(batch.reqs), held)
 
+    def _plan_request(self, row: int, req: Req, state: RelayRequest, held: list[Held]) -> RelayPlan:
+        stop, tokens = chunk_end(req), tokens_of(req)
+        last, pending = stop == len(tokens), None
+        if last and state.pending is not None:
+            pending = Pending(state.pending, tuple(state.placed), tokens[state.pending : req.prefix_len])
+        segments = tuple(self._segments(req, state, held))
+        return RelayPlan(row, req.prefix_len, stop, segments, state.controls.budget, last, pending)
+
     def _segments(self, req: Req, state: RelayRequest, held: list[Held]) -> list[Segment]:
         segments: list[Segment] = []
         # The chunk's last row stays fresh: the logits processor reads it.
         low, high = req.prefix_len, chunk_end(req) - 1
+        heads: dict[int, Candidate] = {}
         for piece in state.pieces:
+            head = heads.setdefault(piece.donor, piece)
+            if piece.source < head.source:  # told in another order: a text of its own
+                head = heads[piece.donor] = piece
             part = piece.clip(low, high)
             exact = piece.donor == EXACT_PREFIX
             if part.stop <= part.start or (exact and part.start != low):
@@ -288,7 +303,8 @@ class RelayManager:
                 continue
             held.append(found)
             stop = part.start + found.slots.numel()
-            segments.append(Segment(part.start, stop, part.source, piece.depth, found.slots, exact, piece.stop))
+            index = part.source - head.source
+            segments.append(Segment(part.start, stop, part.source, piece.depth, found.slots, exact, piece.stop, index))
         return segments
 
     def _check_memory(self, batch: ScheduleBatch) -> None:
@@ -314,6 +330,7 @@ class RelayManager:
                     self._decline(state, planned.fell_back)
                 elif not planned.policy.exact:
                     self._mark_depth(req, state, plan)
+                    self._note_pending(state, plan, planned.policy)
         except Exception as error:
             self.failure("finish", error)
         finally:
@@ -327,17 +344,35 @@ class RelayManager:
             state.report["depth"] = state.depth
             self.depths.mark(req.extra_key, tokens_of(req), approximate[0].start, state.depth)
 
-    def count_selected(self, planned: BatchPlan, selected: list[int]) -> None:
-        """``selected[i]``: tokens of plan ``i`` that the policy recomputes."""
-        for plan, count in zip(planned.plans, selected, strict=True):
+    @staticmethod
+    def _note_pending(state: RelayRequest, plan: RelayPlan, policy: Policy) -> None:
+        """A probe needs the prompt's end: until it has run, what was placed waits, unpublished."""
+        if not policy.probes:
+            return
+        if plan.last:
+            state.pending = None
+            state.placed.clear()
+            return
+        placed = [Placed(s.start, s.stop, s.end, s.index) for s in plan.segments if not s.exact]
+        state.placed += placed
+        if state.pending is None and placed:
+            state.pending = placed[0].start
+
+    def count_work(self, planned: BatchPlan, work: list[Work]) -> None:
+        """``work[i]``: what the repair of plan ``i`` took."""
+        for plan, done in zip(planned.plans, work, strict=True):
+            reused = sum(s.length for s in plan.segments if not s.exact)
             state = relay_of(planned.reqs[plan.row])
             if state is not None:
+                report = state.report
                 # After a retraction a chunk also extends outputs, whose selected rows are no part of the prompt.
-                inside = min(count, state.report["relayed"])
-                state.report["relayed"] -= inside
-                state.report["recomputed"] += inside
-            whole = sum(s.length for s in plan.segments if not s.exact) if planned.policy.exact else 0
-            self.stats.repaired(count + whole)
+                inside = min(done.selected, report["relayed"])
+                report["relayed"] -= inside
+                report["recomputed"] += inside
+                state.reused += reused
+                state.layers += done.layers
+                report["cost"] = round(state.layers / max(1, state.reused * self._num_layers), 4)
+            self.stats.repaired(done.selected + (reused if planned.policy.exact else 0))
 
     # ------------------------------------------------------------------ learn
 
@@ -346,6 +381,8 @@ class RelayManager:
         state = relay_of(req)
         if state is None or not self._may_donate(state) or isinstance(req.finished_reason, FINISH_ABORT):
             return
+        if state.pending is not None:
+            return  # never repaired, and so never published
         began = time.perf_counter()
         self.learnt += 1  # before anything can fail: ranks must match again at the same requests
         try:
@@ -421,4 +458,6 @@ class RelayManager:
 
 
 def _shape(plan: RelayPlan) -> tuple:
-    return plan.row, plan.prefix, plan.stop, [(s.start, s.stop, s.source, s.depth, s.exact) for s in plan.segments]
+    waiting = None if plan.pending is None else (plan.pending.start, plan.pending.placed)
+    segments = [(s.start, s.stop, s.source, s.depth, s.exact) for s in plan.segments]
+    return plan.row, plan.prefix, plan.stop, waiting, segments

@@ -11,6 +11,7 @@ from sglang_relay.engine.donors import EXACT_PREFIX, Donors, tokens_of
 from sglang_relay.engine.namespaces import Namespaces
 from sglang_relay.index import ContentIndex, DepthMap
 from sglang_relay.plan import Candidate, cover
+from sglang_relay.policies import Policy
 
 if TYPE_CHECKING:
     from sglang.srt.managers.schedule_batch import Req
@@ -28,7 +29,7 @@ class Matcher:
         self._depths = depths
         self._namespaces = namespaces
 
-    def pieces(self, req: Req, state: RelayRequest) -> list[Candidate]:
+    def pieces(self, req: Req, state: RelayRequest, policy: Policy) -> list[Candidate]:
         """Disjoint pieces of ``req``'s prompt behind its cached prefix, sorted: first what another namespace adds to
         that prefix exactly, then donors' runs, best first; none if the donors' share is below ``min_relayed``."""
         tokens = tokens_of(req)
@@ -40,12 +41,19 @@ class Matcher:
         pieces = [Candidate(start, begin, EXACT_PREFIX, start, 0)] if begin > start else []
         runs = self._index.match(state.tenant, tokens, begin)
         found = self._cover([Candidate(r.start, r.stop, r.donor, r.source, r.depth) for r in runs], begin, stop)
-        state.shortfall = "nothing_to_reuse"
-        if sum(p.stop - p.start for p in found) >= self._config.min_relayed:
-            pieces += found
-        elif found:
-            state.shortfall = "below_min_relayed"
-        return pieces
+        state.shortfall = self._shortfall(found, len(tokens), policy)
+        return pieces if state.shortfall else pieces + found
+
+    def _shortfall(self, found: list[Candidate], prompt: int, policy: Policy) -> str | None:
+        """Why donors' runs are not used after all, or None."""
+        reused = sum(p.stop - p.start for p in found)
+        if not found:
+            return "nothing_to_reuse"
+        if reused < self._config.min_relayed:
+            return "below_min_relayed"
+        if policy.probes and prompt - found[-1].stop >= self._config.route_above * reused:
+            return "long_suffix"
+        return None
 
     def _exact_prefix(self, req: Req, state: RelayRequest, tokens: np.ndarray, start: int, stop: int) -> int:
         """How far another namespace of the tenant continues the request's prefix with exact KV."""

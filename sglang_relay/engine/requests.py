@@ -6,9 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from sglang_relay.budget import Budget, parse_budget
 from sglang_relay.config import POLICIES, RelayConfig
 from sglang_relay.engine.namespaces import Tenant
-from sglang_relay.plan import Candidate, Decline
+from sglang_relay.plan import Candidate, Decline, Placed
+from sglang_relay.policies import Policy
 
 _MODES = ("on", "off", "exact")
 _DONATE = ("output", "all", "none")
@@ -17,28 +19,27 @@ _KEYS = ("relay", "relay_policy", "relay_budget", "relay_donate", "relay_scope")
 
 @dataclass(frozen=True, slots=True)
 class Controls:
-    """Validated wishes of one request. mode: on, off or exact; donate: output, all or none; budget: share or None."""
+    """Validated wishes of one request. mode: on, off or exact; donate: output, all or none; budget: what the policy
+    may recompute, None for policies that take none and for thresholds without a cap."""
 
     mode: str
     policy: str
-    budget: float | None
+    budget: Budget | None
     donate: str
     scope: str | None
 
     @property
     def tier(self) -> str:
         """Requests of one tier share a relay namespace: their KV is of one making."""
-        return self.policy if self.budget is None else f"{self.policy}@{self.budget:g}"
+        return self.policy if self.budget is None else f"{self.policy}@{self.budget}"
 
 
-def read_controls(params: Mapping[str, Any] | None, config: RelayConfig) -> Controls:
+def read_controls(params: Mapping[str, Any] | None, config: RelayConfig, policies: Mapping[str, Policy]) -> Controls:
     """Raises Decline("bad_custom_params") when a ``relay*`` parameter has a value that is not allowed."""
     given = {k: v for k, v in (params or {}).items() if isinstance(k, str) and k.startswith("relay") and v is not None}
     if unknown := sorted(set(given) - set(_KEYS)):
         raise Decline("bad_custom_params", f"unknown {', '.join(unknown)}; allowed are {', '.join(_KEYS)}")
-    budget = given.get("relay_budget", config.budget)
-    if budget is not None and (isinstance(budget, bool) or not isinstance(budget, (int, float)) or not 0 < budget <= 1):
-        raise Decline("bad_custom_params", f"relay_budget={budget!r}: allowed is a share above 0 and at most 1")
+    name = _choice(given, "relay_policy", config.policy, POLICIES)
     scope = given.get("relay_scope")
     if scope is not None and not (isinstance(scope, str) and 0 < len(scope) <= 256):
         raise Decline("bad_custom_params", "relay_scope: allowed is a text of 1 to 256 characters")
@@ -46,11 +47,25 @@ def read_controls(params: Mapping[str, Any] | None, config: RelayConfig) -> Cont
     donate = _choice(given, "relay_donate", config.donate, _DONATE)
     return Controls(
         mode=mode,
-        policy=_choice(given, "relay_policy", config.policy, POLICIES),
-        budget=None if budget is None else float(budget),
+        policy=name,
+        budget=_budget(given.get("relay_budget"), policies[name], config),
         donate="none" if mode == "off" else donate,
         scope=scope,
     )
+
+
+def _budget(asked: Any, policy: Policy, config: RelayConfig) -> Budget | None:
+    if asked is None:
+        kept = config.budget is not None and config.budget.kind in policy.budgets
+        return config.budget if kept else policy.default_budget
+    try:
+        budget = parse_budget(asked)
+    except ValueError as error:
+        raise Decline("bad_custom_params", f"relay_budget={error}") from None
+    if budget.kind not in policy.budgets:
+        allowed = " or ".join(policy.budgets) or "no budget"
+        raise Decline("bad_custom_params", f"relay_budget={asked!r}: {policy.name} takes {allowed}")
+    return budget
 
 
 def _choice(given: Mapping[str, Any], key: str, default: str, allowed: tuple[str, ...]) -> str:
@@ -68,7 +83,7 @@ class RelayRequest:
     pieces: disjoint runs of the prompt that donors hold, sorted, chosen at admission; ``pieces_version`` is the index
     version they were chosen at, ``pieces_from`` the prefix length. prefix_key: extra_key and cache_salt of the
     namespace that continues the prefix exactly, where the first piece says so.
-    shortfall: why the prompt as a whole reuses nothing, when that is what happens.
+    shortfall: why the prompt's matches are not used, None when they are.
     reached: end of the last chunk that was planned; a chunk that starts elsewhere begins a new attempt.
     depth: approximation depth of the KV computed so far; 0 while it equals full prefill up to rounding.
     report: the dict behind ``meta_info["relay"]``, updated in place.
@@ -83,9 +98,16 @@ class RelayRequest:
     pieces_version: int = -1
     pieces_from: int = 0
     prefix_key: tuple[str | None, str | None] = (None, None)
-    shortfall: str = "nothing_to_reuse"
+    shortfall: str | None = "nothing_to_reuse"
     reached: int = -1
     depth: int = 0
+    pending: int | None = None
+    """From here on the KV holds placed spans that the prompt's last chunk has yet to repair: not to be published."""
+    placed: list[Placed] = field(default_factory=list)
+    """Donor KV since ``pending``."""
+    reused: int = 0
+    layers: int = 0
+    """Reused approximate tokens of this attempt, and token-layers that ran on account of their repair."""
     fresh: list[tuple[int, int]] = field(default_factory=list)
     """Prompt ranges computed (not copied) by this request, for donation under ``relay_donate: all``."""
 
@@ -101,13 +123,15 @@ def relay_of(req: Any) -> RelayRequest | None:
 
 def new_report(policy: str | None, declined: str | None) -> dict[str, Any]:
     """``meta_info["relay"]``. exact: prefix hits and exact copies; relayed: donor KV used as it is; recomputed: reused
-    tokens that the policy computed again; fresh: the rest. The four add up to the prompt."""
+    tokens that the policy computed again; fresh: the rest. The four add up to the prompt. cost: token-layers that the
+    repair ran, its probe included, as a share of the reused tokens' token-layers."""
     return {
         "exact": 0,
         "relayed": 0,
         "recomputed": 0,
         "fresh": 0,
         "segments": 0,
+        "cost": 0.0,
         "policy": policy,
         "depth": 0,
         "declined": declined,

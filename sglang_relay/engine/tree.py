@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING
 
 from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
 
+from sglang_relay.engine.requests import relay_of
+
 if TYPE_CHECKING:
     from sglang.srt.managers.schedule_batch import Req
 
@@ -22,6 +24,10 @@ class RelayCache(UnifiedRadixCache):
     relay: RelayManager | None = None
 
     def checkpoint_into_tree(self, req: Req, *, up_to: int, **kwargs) -> None:
+        state = relay_of(req)
+        if state is not None and state.pending is not None:
+            # The insert continues what the request has locked, which ends at or before the first placed span.
+            up_to = max(min(up_to, state.pending), req.kv.cache_protected_len)
         super().checkpoint_into_tree(req, up_to=up_to, **kwargs)
         if self.relay is not None and req.finished():
             self.relay.learn(req, up_to)

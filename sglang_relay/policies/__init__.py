@@ -1,18 +1,22 @@
 """Recompute policies: which reused tokens run again, and through which layers."""
 
-from sglang_relay.config import LayerRange
-from sglang_relay.policies.base import Policy, SelectionView
+from sglang_relay.config import RelayConfig
+from sglang_relay.policies.base import Policy, PromptView
+from sglang_relay.policies.cacheblend import CacheBlend
 from sglang_relay.policies.full import Full
+from sglang_relay.policies.legolink import LegoLink
+from sglang_relay.policies.probe import Probe
 from sglang_relay.policies.relay import DeviationPolicy
 from sglang_relay.policies.rotate import Rotate
 
-__all__ = ["Policy", "SelectionView", "make_policy"]
+__all__ = ["Policy", "PromptView", "make_policies"]
+
+_SIMPLE = (Probe, CacheBlend, LegoLink, Rotate, Full)
 
 
-def make_policy(name: str, *, num_layers: int, layers: LayerRange, tau_dev: float, suffix: int) -> Policy:
-    """The policy called ``name`` (one of ``config.POLICIES``) for a model of ``num_layers`` layers."""
-    if name == "rotate":
-        return Rotate(num_layers)
-    if name == "full":
-        return Full(num_layers)
-    return DeviationPolicy(num_layers, layers, tau_dev, suffix)
+def make_policies(config: RelayConfig, num_layers: int) -> dict[str, Policy]:
+    """Every policy, by name (``config.POLICIES``), for a model of ``num_layers`` layers."""
+    layers = config.resolve_layer_range(num_layers)
+    made: list[Policy] = [DeviationPolicy(num_layers, layers, config.tau_dev, config.suffix)]
+    made += [policy(num_layers) for policy in _SIMPLE]
+    return {policy.name: policy for policy in made}

@@ -4,37 +4,60 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import ClassVar, Literal
 
 import torch
 
+from sglang_relay.budget import Budget, Kind
+
+Signal = Literal["none", "deviation", "probe"]
+
 
 @dataclass(frozen=True, slots=True)
-class SelectionView:
-    """What a policy sees of one segment when it selects.
+class PromptView:
+    """What a policy sees of one prompt when it selects: its approximate reused tokens, segment after segment, n in all.
 
-    deviation: float32 [n], value deviation of each of the segment's tokens in this chunk, in [0, 2], already reduced
-    over tensor-parallel ranks. positions: int64 [n], their positions in the prompt. end: position at which the whole
-    segment ends. budget: the largest share of the n tokens that may be selected, or None.
+    offsets: [segments + 1], where each segment starts in the n tokens; the last one is n.
+    index: int64 [n], how many tokens of the same donor's text stand before the token in the prompt.
+    left: int64 [n], tokens from this one to the end of its segment, itself included; a segment that a chunk cuts ends
+    beyond the n tokens.
+    signal: float32 [n], reduced over tensor-parallel ranks. ``deviation``: value deviation in [0, 2]. ``probe``:
+    attention mass of the probe queries times the norm of the value, not negative. None for policies without a signal.
     """
 
-    deviation: torch.Tensor
-    positions: torch.Tensor
-    end: int
-    budget: float | None
+    offsets: tuple[int, ...]
+    index: torch.Tensor
+    left: torch.Tensor
+    signal: torch.Tensor | None
+
+    @property
+    def segments(self) -> int:
+        return len(self.offsets) - 1
+
+    def signal_or_raise(self) -> torch.Tensor:
+        if self.signal is None:
+            raise ValueError("the policy needs a signal")
+        return self.signal
 
 
 class Policy(ABC):
     """Which reused tokens are recomputed.
 
     Layers ``[0, whole)`` run over every reused token, layers ``[whole, until)`` over the selected ones, the rest over
-    fresh tokens only. ``0 <= whole <= until <= num_layers``. Deviation is measured at layer ``whole - 1`` when
-    ``selects`` is true. The work of a token that is not selected ends with layer ``whole - 1``.
+    fresh tokens only; ``0 <= whole <= until <= num_layers``. ``signal`` is what is measured before the selection:
+    ``deviation`` at layer ``whole - 1``, or ``probe``, a pass of the prompt's last fresh tokens through all layers over
+    the donors' KV, behind which the selected tokens start from their embeddings. With ``none`` the selection is known
+    beforehand, and ``whole`` is 0 or the number of layers. The work of a token that is not selected ends with layer
+    ``whole - 1``.
     """
 
-    name: str
+    name: ClassVar[str]
+    signal: ClassVar[Signal]
+    budgets: ClassVar[tuple[Kind, ...]] = ()
+    """Kinds of budget the policy takes."""
+    default_budget: ClassVar[Budget | None] = None
     whole: int
     until: int
-    selects: bool
 
     def __init__(self, num_layers: int) -> None:
         self.num_layers = num_layers
@@ -44,10 +67,21 @@ class Policy(ABC):
         """Whether the repaired KV equals full prefill up to rounding."""
         return self.whole == self.num_layers
 
-    @abstractmethod
-    def select(self, view: SelectionView) -> torch.Tensor:
-        """Bool [n]: the tokens of the segment that stay active from layer ``whole`` on."""
+    @property
+    def probes(self) -> bool:
+        return self.signal == "probe"
 
     @abstractmethod
-    def expected_share(self) -> float:
+    def select(self, view: PromptView, budget: Budget | None) -> torch.Tensor:
+        """Bool [n]: the tokens that are recomputed from layer ``whole`` on."""
+
+    @abstractmethod
+    def expected_share(self, budget: Budget | None) -> float:
         """Expected recomputed share of a reused token's layers, in [0, 1]; what the prefill budget charges."""
+
+
+def largest(score: torch.Tensor, limit: int) -> torch.Tensor:
+    """Bool [n]: the ``limit`` largest of ``score`` [n], ties by position."""
+    keep = torch.zeros(score.numel(), dtype=torch.bool, device=score.device)
+    keep[torch.argsort(score, descending=True, stable=True)[:limit]] = True
+    return keep

@@ -1,0 +1,45 @@
+"""Tokens that the consumer itself looks at (design: policy-study.md, "The probe policy").
+
+The prompt's last fresh tokens run once over the donors' KV; what they attend to, weighted by depth and by the norm of
+the values, says which reused tokens matter for this prompt. These are recomputed from their embeddings.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+
+from sglang_relay.budget import NAMED, Budget
+from sglang_relay.policies.base import Policy, PromptView, largest
+
+PRIOR_OFFSET = 4
+PRIOR_EXPONENT = -0.35
+"""Deviation falls with the distance from a segment's start (policy-study.md, "What else was learnt")."""
+
+
+class Probe(Policy):
+    name = "probe"
+    signal = "probe"
+    budgets = ("share", "tokens", "coverage")
+    default_budget: ClassVar[Budget] = Budget("share", NAMED["default"])
+    whole = 0
+
+    def __init__(self, num_layers: int) -> None:
+        super().__init__(num_layers)
+        self.until = num_layers
+
+    def select(self, view: PromptView, budget: Budget | None) -> torch.Tensor:
+        """One ranking over all segments of the prompt."""
+        score = view.signal_or_raise() * (view.index + PRIOR_OFFSET).float() ** PRIOR_EXPONENT
+        budget = budget or self.default_budget
+        keep = largest(score, budget.limit(score.numel(), view.segments))
+        if budget.kind != "coverage":
+            return keep
+        ranked = torch.argsort(score, descending=True, stable=True)
+        before = torch.cumsum(score[ranked].double(), 0) - score[ranked].double()
+        keep[ranked] = before < budget.amount * score.double().sum()
+        return keep
+
+    def expected_share(self, budget: Budget | None) -> float:
+        return (budget or self.default_budget).expected_share()
