@@ -46,7 +46,10 @@ class LayerRange:
 class RelayConfig:
     """Settings of one server.
 
-    policy: recompute policy that a request gets when it names none.
+    policy: recompute policy that a request gets when it names none; ``auto``: what the certificate allows within
+    ``bound`` (``floor`` or a mean KL in nats), and without a certificate a conservative one.
+    certificate: file or folder of certificates; None looks in the user's cache.
+    audit_every: one relayed request in this many is also computed exactly, and served so; 0 for none.
     layer_range: ``start,detect,end`` of policy ``relay``; None derives ``1,3,last`` from the model.
     tau_dev: a token is recomputed when its value deviation is at least ``tau_dev`` times its segment's mean.
     suffix: the last tokens of every segment are always recomputed.
@@ -64,7 +67,10 @@ class RelayConfig:
     index_bytes: most bytes the content index may hold.
     """
 
-    policy: str = "probe"
+    policy: str = "auto"
+    bound: str = "0.005"
+    certificate: str | None = None
+    audit_every: int = 200
     layer_range: LayerRange | None = None
     tau_dev: float = 1.5
     suffix: int = 10
@@ -117,6 +123,15 @@ def _between(name: str, low: float, high: float) -> Callable[[RelayConfig], None
     return check
 
 
+def _bound(config: RelayConfig) -> None:
+    try:
+        good = config.bound == "floor" or 0 < float(config.bound) < float("inf")
+    except ValueError:
+        good = False
+    if not good:
+        raise ConfigError(f"bound={config.bound!r}: allowed is floor or a number of nats above 0")
+
+
 def _layers(config: RelayConfig) -> None:
     r = config.layer_range
     if r is not None and not 0 <= r.start <= r.detect <= r.end:
@@ -131,11 +146,13 @@ def _windows(config: RelayConfig) -> None:
 
 
 _CHECKS: tuple[Callable[[RelayConfig], None], ...] = (
-    _one_of("policy", POLICIES),
+    _one_of("policy", ("auto", *POLICIES)),
+    _bound,
     _one_of("default", ("on", "exact", "off")),
     _one_of("donate", ("output", "all", "none")),
     _between("tau_dev", 0.0, 1e6),
     _between("suffix", 0, 1 << 20),
+    _between("audit_every", 0, 1 << 30),
     _between("probe_queries", 1, 1024),
     _between("route_above", 0.0, 1e6),
     _between("min_segment", 1, 1 << 20),
@@ -161,12 +178,18 @@ def _parse_budget(text: str) -> Budget | None:
     return None if text.lower() in ("", "none") else parse_budget(text)
 
 
+def _parse_path(text: str) -> str | None:
+    return None if text.lower() in ("", "none") else text
+
+
 _PARSERS: dict[str, tuple[Callable[[str], Any], str]] = {
     "layer_range": (_parse_range, "START,DETECT,END or auto"),
     "budget": (_parse_budget, f"{BUDGETS}, or none"),
     "route_above": (float, "a number"),
     "tau_dev": (float, "a number"),
     "policy": (str, "a name"),
+    "bound": (str, "floor or a number"),
+    "certificate": (_parse_path, "a path"),
     "default": (str, "a name"),
     "donate": (str, "a name"),
 }

@@ -132,7 +132,7 @@ def _places(scheduler: Any) -> dict[str, Any]:
     from sglang_relay import index
     from sglang_relay.engine import backend, forward, manager
     from sglang_relay.plan import RelayPlan
-    from sglang_relay.policies.relay import DeviationPolicy
+    from sglang_relay.policies.probe import Probe
 
     return {
         "adopt": (manager, "new_report", _raising),
@@ -143,7 +143,7 @@ def _places(scheduler: Any) -> dict[str, Any]:
         "forward": (forward.StagedForward, "run", _raising),
         "attention": (backend, "attend", _raising),
         "hand_over": (forward._Stage, "take_over", _raising),
-        "select": (DeviationPolicy, "select", _raising),
+        "select": (Probe, "select", _raising),
         "learn": (index.ContentIndex, "learn", _raising),
         "slots": _corrupt_slots(scheduler),
     }

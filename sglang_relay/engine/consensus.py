@@ -30,6 +30,11 @@ class Consensus:
     def ranks(self) -> int:
         return 1 if self._group is None else dist.get_world_size(self._group)
 
+    @property
+    def leads(self) -> bool:
+        """Whether this is rank 0, whose value ``broadcast`` gives to all."""
+        return self._group is None or dist.get_rank(self._group) == 0
+
     def agree(self, ok: bool, digest: int) -> bool:
         """True on all ranks if every rank is ok and all digests (63-bit) are equal; else False on all ranks."""
         return all(self.vote(ok, digest))

@@ -18,6 +18,7 @@ from sglang.srt.runtime_context import get_parallel
 from sglang_relay_kernels.realign import realign  # pyright: ignore[reportMissingImports]
 
 from sglang_relay.attention import AttentionPlan, ProbeRows, plan_attention, plan_probe
+from sglang_relay.engine.audit import AUDITED, divergence
 from sglang_relay.engine.backend import AttentionProbe, DeviationProbe, RelayAttentionBackend
 from sglang_relay.engine.layout import Layout, Span
 from sglang_relay.engine.stage import Stage
@@ -316,6 +317,22 @@ def _sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
     return values if group.world_size == 1 else group.all_reduce(values)
 
 
+def _audited(
+    original: Any, relay: RelayManager, planned: BatchPlan, relayed: Any, runner: Any, batch: Any, *args, **kwargs
+) -> ModelRunnerOutput:
+    """The stock forward of the whole batch, after the relayed one, whose distributions it judges."""
+    rows = torch.tensor([planned.plans[i].row for i in planned.audits], device=batch.out_cache_loc.device)
+    guess = relayed.next_token_logits.index_select(0, rows)
+    planned.fell_back = AUDITED
+    output = original(runner, batch, *args, **kwargs)
+
+    def measured() -> list[float]:
+        return divergence(guess, output.logits_output.next_token_logits.index_select(0, rows))
+
+    relay.record_audits(planned, measured)
+    return output
+
+
 def relay_forward(
     original: Any,
     relay: RelayManager,
@@ -353,6 +370,8 @@ def relay_forward(
         except Exception as error:
             reason = relay.failure("forward", error)
         else:
+            if planned.audits:
+                return _audited(original, relay, planned, logits, runner, batch, *args, **kwargs)
             runner.forward_pass_id += 1
             relay.count_work(planned, work)
             relay.stats.place_seconds += placed - began

@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import logging
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from sglang.srt.managers.schedule_batch import FINISH_ABORT
 
+from sglang_relay.breaker import Band
+from sglang_relay.budget import Budget
 from sglang_relay.config import RelayConfig
 from sglang_relay.engine.accounting import begin_chunk, chunk_end, computed_spans, count_chunk, count_fallback
+from sglang_relay.engine.audit import BREAKER_OPEN, Auditor
 from sglang_relay.engine.consensus import Consensus, digest_of
 from sglang_relay.engine.donors import EXACT_PREFIX, Donors, Held, tokens_of
 from sglang_relay.engine.guards import batch_reason, request_reason
@@ -27,7 +30,7 @@ from sglang_relay.plan import Candidate, Decline, Pending, Placed, RelayPlan, Se
 from sglang_relay.policies import Policy, make_policies
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
     from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
 
@@ -44,6 +47,7 @@ _DEPTH_MARKS = 1 << 18
 class BatchPlan:
     """A planned batch. ``plans[i].row`` indexes ``reqs``. Donor locks are held until they are released.
 
+    audits: the plans whose relayed answer is compared with the exact one, which is then served.
     fell_back: why the batch ran on the stock path after all, or None.
     """
 
@@ -51,6 +55,7 @@ class BatchPlan:
     plans: list[RelayPlan]
     reqs: list[Req]
     held: list[Held]
+    audits: list[int] = field(default_factory=list)
     fell_back: str | None = None
 
 
@@ -69,7 +74,10 @@ class RelayManager:
         base: int,
         isolated: bool,
         unsupported: list[str],
+        budgets: Mapping[str, Budget],
+        band_of: Callable[[str], Band],
     ) -> None:
+        """``config.policy`` is a policy's name here; budgets: defaults of policies that differ from their own."""
         self.config = config
         self.tree = tree
         self.consensus = consensus
@@ -95,8 +103,16 @@ class RelayManager:
         self.layers = config.resolve_layer_range(num_layers)
         self._num_layers = num_layers
         self._policies = make_policies(config, num_layers)
+        for name, budget in budgets.items():
+            self._policies[name].default_budget = budget
+        self.auditor = Auditor(consensus, band_of, config.audit_every, base)
         self._logged: set[str] = set()
         self._outstanding: BatchPlan | None = None
+
+    @property
+    def default_tier(self) -> str:
+        """The tier of a request that asks for nothing."""
+        return self._controls(None).tier
 
     def policy_of(self, state: RelayRequest) -> Policy:
         return self._policies[state.controls.policy]
@@ -183,6 +199,9 @@ class RelayManager:
             self._decline(state, failed or "ranks_disagree")
             if vote.ok:
                 self._start_over()
+        if any(p.donor != EXACT_PREFIX for p in pieces) and not self.auditor.admits(state):
+            pieces = [p for p in pieces if p.donor == EXACT_PREFIX]
+            state.shortfall = BREAKER_OPEN
         state.pieces, state.pieces_version, state.pieces_from = pieces, self.learnt, req.prefix_len
         elapsed = time.perf_counter() - began
         state.report["match_ms"] = round(state.report["match_ms"] + 1e3 * elapsed, 3)
@@ -246,12 +265,21 @@ class RelayManager:
             if planned is not None:
                 self.donors.release(planned.held)
                 planned = None
+        elif planned is not None and (audits := self._audits(planned, states)) is None:
+            reason = BREAKER_OPEN
+            self.donors.release(planned.held)
+            planned = None
         elif planned is not None:
+            planned.audits = audits
             self.donors.touch(planned.held)
         for state in states:
             if reason is not None and state is not None and state.relays and state.pieces:
                 self._decline(state, reason)
         return planned
+
+    def _audits(self, planned: BatchPlan, states: list[RelayRequest | None]) -> list[int] | None:
+        of_plans = [s for p in planned.plans if (s := states[p.row]) is not None]
+        return [] if planned.policy.exact else self.auditor.choose(planned.plans, of_plans)
 
     def _plan(self, batch: ScheduleBatch, states: list[RelayRequest | None]) -> BatchPlan | None:
         policy: Policy | None = None
@@ -357,6 +385,12 @@ class RelayManager:
         state.placed += placed
         if state.pending is None and placed:
             state.pending = placed[0].start
+
+    def record_audits(self, planned: BatchPlan, measured: Callable[[], list[float]]) -> None:
+        """The exact answer of an audited batch is served; ``measured`` says how far the relayed one was from it."""
+        states = [s for i in planned.audits if (s := relay_of(planned.reqs[planned.plans[i].row])) is not None]
+        self.auditor.record(states, measured)
+        self.stats.audit(len(states))
 
     def count_work(self, planned: BatchPlan, work: list[Work]) -> None:
         """``work[i]``: what the repair of plan ``i`` took."""

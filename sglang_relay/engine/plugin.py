@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import os
 import secrets
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from sglang_relay import __version__
@@ -48,6 +49,7 @@ def build_tree(ctx: TreeCacheBuildContext) -> Any:
     from sglang.srt.runtime_context import get_memory, get_observability
 
     from sglang_relay.engine import hooks as hooking
+    from sglang_relay.engine.certified import CONSERVATIVE, bands, choose, find_certificate
     from sglang_relay.engine.consensus import Consensus
     from sglang_relay.engine.guards import server_reasons
     from sglang_relay.engine.manager import RelayManager
@@ -68,6 +70,11 @@ def build_tree(ctx: TreeCacheBuildContext) -> Any:
     rotary = None if reasons else _rotary(runner, reasons)
     warm_up()
     secret, base = consensus.broadcast((new_secret(), secrets.randbits(60) | 1))  # type: ignore[misc]
+    certificate: Any = consensus.broadcast(find_certificate(config, ctx.server_args) if consensus.leads else None)
+    chosen = choose(config, certificate)
+    config = replace(config, policy=chosen.policy or CONSERVATIVE[0])
+    if chosen.policy is None and config.default == "on":
+        config = replace(config, default="exact")
     relay = RelayManager(
         config,
         tree,
@@ -78,6 +85,8 @@ def build_tree(ctx: TreeCacheBuildContext) -> Any:
         base=base,
         isolated=isolated,
         unsupported=reasons,
+        budgets={} if chosen.policy is None or chosen.budget is None else {chosen.policy: chosen.budget},
+        band_of=bands(certificate),
     )
     hooks = hooking.SchedulerHooks(relay, rotary, lambda: _state(relay, table, isolated))
     table = hooks.table()
@@ -89,7 +98,7 @@ def build_tree(ctx: TreeCacheBuildContext) -> Any:
     if ctx.tp_rank == 0:
         if get_observability().enable_metrics:
             relay.stats.metrics = Metrics({"model_name": str(getattr(ctx.server_args, "served_model_name", None))})
-        _announce(relay, table, isolated)
+        _announce(relay, table, isolated, chosen)
     return tree
 
 
@@ -123,7 +132,7 @@ def _rotary(runner: Any, reasons: list[str]) -> Any:
     return rotary
 
 
-def _announce(relay: Any, hooks: list[Any], isolated: bool) -> None:
+def _announce(relay: Any, hooks: list[Any], isolated: bool, chosen: Any) -> None:
     if relay.unsupported:
         logger.warning("relay: off, this server is served stock: %s", ", ".join(relay.unsupported))
         return
@@ -132,15 +141,9 @@ def _announce(relay: Any, hooks: list[Any], isolated: bool) -> None:
         if isolated
         else "one trust domain: requests with equal extra_key and cache_salt share donors"
     )
-    logger.info(
-        "relay: on (%s); policy %s, layers %s, tau_dev %g, suffix %d; %d hooks in force; no certificate for this model",
-        domain,
-        relay.config.policy,
-        relay.layers,
-        relay.config.tau_dev,
-        relay.config.suffix,
-        len(hooks),
-    )
+    served = "only requests that name a policy relay" if chosen.policy is None else f"policy {relay.default_tier}"
+    level = logging.INFO if chosen.policy is not None and not chosen.why.startswith("NO") else logging.WARNING
+    logger.log(level, "relay: on (%s); %s: %s; %d hooks in force", domain, served, chosen.why, len(hooks))
 
 
 def _state(relay: Any, hooks: list[Any], isolated: bool) -> dict[str, Any]:
@@ -158,6 +161,8 @@ def _state(relay: Any, hooks: list[Any], isolated: bool) -> dict[str, Any]:
         "layer_range": str(relay.layers),
         "weight_epoch": relay.namespaces.epoch,
         "index": relay.index.stats(),
+        "default_tier": relay.default_tier,
+        "audit": relay.auditor.breakers.as_dict(),
         "stats": relay.stats.as_dict(),
     }
 

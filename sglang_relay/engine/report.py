@@ -23,6 +23,7 @@ class Stats:
     recomputed: int = 0
     batches: int = 0
     fallbacks: int = 0
+    audits: int = 0
     failures: int = 0
     match_seconds: float = 0.0
     plan_seconds: float = 0.0
@@ -57,6 +58,11 @@ class Stats:
         if self.metrics is not None:
             self.metrics.fallbacks.inc()
 
+    def audit(self, count: int) -> None:
+        self.audits += count
+        if self.metrics is not None:
+            self.metrics.audits.inc(count)
+
     def repaired(self, count: int) -> None:
         self.recomputed += count
         if self.metrics is not None:
@@ -70,6 +76,7 @@ class Stats:
             "declined": dict(self.declined),
             "batches": self.batches,
             "fallbacks": self.fallbacks,
+            "audits": self.audits,
             "failures": self.failures,
             "seconds": {
                 name: round(getattr(self, f"{name}_seconds"), 6)
@@ -94,6 +101,7 @@ class Metrics:
         self.declined = counter("declined_total", "Requests or chunks served without reuse, by reason.", "reason")
         self.recomputed = counter("recomputed_tokens_total", "Reused tokens that the policy computed again.")
         self.batches = counter("batches_total", "Prefill batches that went through the relay.")
+        self.audits = counter("audits_total", "Relayed requests that were computed exactly too, and served so.")
         self.fallbacks = counter("fallbacks_total", "Relay batches that ran on the stock path after a host failure.")
 
 

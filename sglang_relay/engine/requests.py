@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from sglang_relay.breaker import Verdict
 from sglang_relay.budget import Budget, parse_budget
 from sglang_relay.config import POLICIES, RelayConfig
 from sglang_relay.engine.namespaces import Tenant
@@ -101,6 +102,8 @@ class RelayRequest:
     shortfall: str | None = "nothing_to_reuse"
     reached: int = -1
     depth: int = 0
+    verdict: Verdict | None = None
+    """What the breaker said, once donors were found."""
     pending: int | None = None
     """From here on the KV holds placed spans that the prompt's last chunk has yet to repair: not to be published."""
     placed: list[Placed] = field(default_factory=list)

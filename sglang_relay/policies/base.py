@@ -55,7 +55,8 @@ class Policy(ABC):
     signal: ClassVar[Signal]
     budgets: ClassVar[tuple[Kind, ...]] = ()
     """Kinds of budget the policy takes."""
-    default_budget: ClassVar[Budget | None] = None
+    default_budget: Budget | None = None
+    """What a request gets that names none; a server's certificate may say otherwise."""
     whole: int
     until: int
 

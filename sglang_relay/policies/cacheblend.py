@@ -1,7 +1,5 @@
 """The tokens that deviate most at layer 1 (CacheBlend, Yao et al., EuroSys 2025), one ranking per prompt."""
 
-from typing import ClassVar
-
 import torch
 
 from sglang_relay.budget import Budget
@@ -12,7 +10,7 @@ class CacheBlend(Policy):
     name = "cacheblend"
     signal = "deviation"
     budgets = ("share", "tokens")
-    default_budget: ClassVar[Budget] = Budget("share", 0.15)
+    default_budget: Budget = Budget("share", 0.15)
 
     def __init__(self, num_layers: int) -> None:
         super().__init__(num_layers)

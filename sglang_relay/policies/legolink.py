@@ -1,7 +1,5 @@
 """The first tokens of every segment, through all layers (EPIC / LegoLink, Hu et al., ICML 2025)."""
 
-from typing import ClassVar
-
 import torch
 
 from sglang_relay.budget import Budget
@@ -15,7 +13,7 @@ class LegoLink(Policy):
     name = "legolink"
     signal = "none"
     budgets = ("tokens",)
-    default_budget: ClassVar[Budget] = Budget("tokens", 16)
+    default_budget: Budget = Budget("tokens", 16)
     whole = 0
 
     def __init__(self, num_layers: int) -> None:

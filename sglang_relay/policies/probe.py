@@ -6,8 +6,6 @@ the values, says which reused tokens matter for this prompt. These are recompute
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 import torch
 
 from sglang_relay.budget import NAMED, Budget
@@ -22,7 +20,7 @@ class Probe(Policy):
     name = "probe"
     signal = "probe"
     budgets = ("share", "tokens", "coverage")
-    default_budget: ClassVar[Budget] = Budget("share", NAMED["default"])
+    default_budget: Budget = Budget("share", NAMED["default"])
     whole = 0
 
     def __init__(self, num_layers: int) -> None:

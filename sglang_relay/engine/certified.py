@@ -1,0 +1,78 @@
+"""What a server relays with where a request names no policy: what its certificate allows, or a cautious default."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import msgspec
+
+from sglang_relay.breaker import UNCERTIFIED, Band
+from sglang_relay.budget import NAMED, Budget, parse_budget
+from sglang_relay.certificate import Certificate, CertificateError, default_directory, load_certificate, parse_bound
+from sglang_relay.config import ConfigError, RelayConfig
+from sglang_relay.identity import IdentityError, checkpoint_folder, dtype_name, identify
+
+logger = logging.getLogger(__name__)
+
+CONSERVATIVE = ("probe", Budget("share", NAMED["careful"]))
+"""Without a certificate (design: policy-study.md, "Defaults that follow")."""
+
+
+class Choice(NamedTuple):
+    """policy and budget of requests that name none; policy None: such requests are served exactly. why: for the log."""
+
+    policy: str | None
+    budget: Budget | None
+    why: str
+
+
+def find_certificate(config: RelayConfig, args: Any) -> Certificate | None:
+    """The certificate for the model that ``args`` (sglang ServerArgs) serves.
+
+    A certificate that the operator names must fit: ConfigError otherwise, which ends the start-up. One that is merely
+    found and does not fit is logged and left out.
+    """
+    where = Path(config.certificate).expanduser() if config.certificate else None
+    if where is None and not any(default_directory().glob("*.json")):
+        return None
+    try:
+        folder = checkpoint_folder(args.model_path, args.revision)
+        settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        dtype = dtype_name(settings, args.dtype, quantization=args.quantization, kv=args.kv_cache_dtype)
+        found = load_certificate(identify(args.model_path, dtype=dtype, revision=args.revision), where)
+    except (IdentityError, CertificateError, OSError, ValueError) as error:
+        if where is not None:
+            raise ConfigError(f"certificate={config.certificate}: {error}") from error
+        logger.warning("relay: a certificate is not used: %s", error)
+        return None
+    if found is None and where is not None:
+        raise ConfigError(f"certificate={config.certificate}: holds none for these weights")
+    return found
+
+
+def choose(config: RelayConfig, certificate: Certificate | None) -> Choice:
+    """The operator's policy, else the cheapest that is certified within ``config.bound``, else the conservative one."""
+    if config.policy != "auto":
+        return Choice(config.policy, None, "set by the operator")
+    if certificate is None:
+        return Choice(*CONSERVATIVE, "NO CERTIFICATE for this model: conservative default")
+    plain = tuple(c for c in certificate.candidates if not c.params)
+    best = msgspec.structs.replace(certificate, candidates=plain).cheapest(parse_bound(config.bound))
+    if best is None:
+        return Choice(None, None, f"the certificate of {certificate.made} allows no policy within {config.bound}")
+    budget = None if best.budget is None else parse_budget(best.budget)
+    return Choice(best.policy, budget, f"cheapest within {config.bound} by the certificate of {certificate.made}")
+
+
+def bands(certificate: Certificate | None) -> Callable[[str], Band]:
+    """Where audits of a tier (``Controls.tier``) lie while the certificate holds."""
+
+    def band_of(tier: str) -> Band:
+        policy, _, budget = tier.partition("@")
+        return UNCERTIFIED if certificate is None else certificate.band(policy, budget or None)
+
+    return band_of
