@@ -18,7 +18,7 @@ setup(
     packages=[*find_packages(include=["sglang_relay", "sglang_relay.*"]), "sglang_relay_kernels"],
     # The folder has no __init__.py: from the repository's root it would shadow PyPI's `kernels`, which SGLang imports.
     package_dir={"sglang_relay_kernels": "kernels"},
-    package_data={"sglang_relay": ["py.typed"]},
+    package_data={"sglang_relay": ["py.typed", "measure/*.json"]},
     install_requires=["sglang==0.5.23"],
     extras_require={
         # gguf: reads and independently unpacks the GGUF weights that `fetch-model` converts.

@@ -19,7 +19,7 @@ class Injected(RuntimeError):
 
 def load() -> None:
     from sglang_relay import index
-    from sglang_relay.engine import backend, forward, manager
+    from sglang_relay.engine import backend, forward, manager, stage
     from sglang_relay.plan import RelayPlan
     from sglang_relay.policies.relay import DeviationPolicy
 
@@ -30,7 +30,7 @@ def load() -> None:
     _wrap(forward.StagedForward, "prepare", {"prepare": _raise})
     _wrap(backend, "attend", {"attention": _raise})
     _wrap(backend.DeviationProbe, "measure", {"measure": _raise})
-    _wrap(forward._Stage, "take_over", {"hand_over": _raise})
+    _wrap(stage.Stage, "take_over", {"hand_over": _raise})
     _wrap(forward, "realign", {"place": _raise})
     _wrap(DeviationPolicy, "select", {"select": _raise, "other_rows": _other_rows})
     for name in ("time", "monotonic", "perf_counter"):

@@ -130,7 +130,7 @@ def _corrupt_slots(scheduler: Any) -> Any:
 
 def _places(scheduler: Any) -> dict[str, Any]:
     from sglang_relay import index
-    from sglang_relay.engine import backend, forward, manager
+    from sglang_relay.engine import backend, forward, manager, stage
     from sglang_relay.plan import RelayPlan
     from sglang_relay.policies.probe import Probe
 
@@ -142,7 +142,7 @@ def _places(scheduler: Any) -> dict[str, Any]:
         "place": (forward, "realign", _raising),
         "forward": (forward.StagedForward, "run", _raising),
         "attention": (backend, "attend", _raising),
-        "hand_over": (forward._Stage, "take_over", _raising),
+        "hand_over": (stage.Stage, "take_over", _raising),
         "select": (Probe, "select", _raising),
         "learn": (index.ContentIndex, "learn", _raising),
         "slots": _corrupt_slots(scheduler),

@@ -16,12 +16,13 @@ import torch
 from plugins import Inspector
 from tiny_model import make_tiny_llama, random_text
 
+from sglang_relay.config import POLICIES
 from sglang_relay.measure.server import Server
 
 CHUNK = 128
 SEEDS = itertools.count(1000)
 """Every prompt has a head of its own, so that no test finds another's prefix."""
-KEYS = {"exact", "relayed", "recomputed", "fresh", "segments", "policy", "depth", "declined", "match_ms"}
+KEYS = {"exact", "relayed", "recomputed", "fresh", "segments", "policy", "depth", "declined", "match_ms", "cost"}
 
 
 def tokens(n: int, seed: int) -> list[int]:
@@ -82,7 +83,7 @@ def check(report: dict[str, Any], prompt: int, cached: int | None = None) -> dic
     if cached is not None:
         assert report["exact"] >= cached
     if reused(report):
-        assert report["declined"] is None and report["policy"] in ("rotate", "relay", "full")
+        assert report["declined"] is None and report["policy"] in POLICIES
     return report
 
 
@@ -405,7 +406,11 @@ def test_server_info(server: Server, donor: list[int]) -> None:
     shown = state(server)
     assert shown["active"] is True and shown["unsupported"] == [] and shown["isolated"] is False
     assert len(shown["hooks"]) >= 8 and all(shown["hooks"].values())
-    assert shown["config"]["policy"] == "relay" and shown["config"]["min_segment"] == 32
+    assert (
+        shown["config"]["policy"] == "probe"
+        and shown["default_tier"] == "probe@0.3"
+        and shown["config"]["min_segment"] == 32
+    )
     assert shown["layer_range"] == "1,3,5"
     assert shown["index"]["donors"] > 0 and 0 < shown["index"]["bytes"] <= shown["config"]["index_bytes"]
     assert shown["stats"]["failures"] == shown["stats"]["fallbacks"] == 0
