@@ -11,6 +11,8 @@ import torch
 # SGLang's modules need a platform to be imported on a machine without an accelerator.
 if not torch.cuda.is_available():
     os.environ.setdefault("SGLANG_PLATFORM", "relay_cpu")
+# An audited request is served exactly, and which ones are audited is random: tests of audits turn them on themselves.
+os.environ.setdefault("SGLANG_RELAY_AUDIT_EVERY", "0")
 
 
 @pytest.fixture(autouse=True)

@@ -130,7 +130,7 @@ def test_policy(server: Server, donor: list[int], policy: str) -> None:
 
 def test_the_servers_default_serves_who_asks_for_nothing(server: Server, donor: list[int]) -> None:
     report = report_of(ask(server, prompt_with(donor), 8))
-    assert report["policy"] == "relay" and reused(report) == len(donor) - 1
+    assert report["policy"] == "probe" and reused(report) == len(donor) - 1
 
 
 @pytest.mark.parametrize("params", [{"relay": "on"}, {}, {"other": 3}, {"relay": None, "relay_policy": None}], ids=str)

@@ -28,8 +28,10 @@ def relay_server() -> Iterator[Server]:
         yield server
 
 
-def test_quickstart_on_its_own_server(tmp_path: Path) -> None:
+def test_quickstart_on_its_own_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     figures = tmp_path / "figures.json"
+    # The texts are short here: the question behind them would send them to full prefill (``long_suffix``).
+    monkeypatch.setenv("SGLANG_RELAY_ROUTE_ABOVE", "100")
     # Above the server's least number of reused tokens (RelayConfig.min_relayed) already for the second agent.
     done = run("quickstart.py", "--max-tokens", 96, "--repeats", 1, "--json", figures)
     assert done.returncode == 0, done.stderr
