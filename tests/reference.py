@@ -2,12 +2,12 @@
 
 Written from the model definition (Llama family: RMSNorm, rotary embedding, grouped-query attention, SwiGLU) and from
 the policies' published definitions. It shares no code with the package or with SGLang, keeps one row per prompt
-position and leaves out everything that makes a server fast: no slots, no stages, no kernels. What differs between
-policies is only the set of rows that each layer computes.
+position and leaves out everything that makes a server fast. Policies differ only in the rows that each layer computes.
 """
 
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -15,36 +15,40 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-Mutation = Literal["rotation_off_by_one", "row_mask", "swapped_slots", "stale_stage", "missing_last_layer"]
+Mutation = Literal[
+    "rotation_off_by_one", "row_mask", "swapped_slots", "stale_stage", "missing_last_layer", "flat_depth", "sees_all"
+]
 
 
 class Segment(NamedTuple):
-    """Prompt positions [start, stop) whose K and V come from a donor that held them at `source_start` onwards.
+    """Prompt positions [start, stop) whose K and V come from `donor` (a number), which held them at `source` onwards.
 
     k, v: [layers, stop - start, kv_heads, head_dim] as the server caches them; keys carry the donor's positions.
     """
 
     start: int
     stop: int
-    source_start: int
+    donor: int
+    source: int
     k: Tensor
     v: Tensor
 
 
-class Rotate(NamedTuple):
-    """Fresh tokens run through all layers; reused ones keep re-rotated donor KV."""
+class LegoLink(NamedTuple):
+    """EPIC: the first `first` tokens of a donor's text run through all layers like fresh ones, others keep donor KV."""
+
+    first: int = 16
 
 
-class Full(NamedTuple):
-    """Every token runs through all layers."""
+ROTATE = LegoLink(0)
+FULL = LegoLink(10**9)
 
 
 class Relay(NamedTuple):
-    """The paper's policy, entered from embeddings.
+    """All tokens run through layers 0..det, fresh and selected ones through det+1..end, fresh ones through the rest.
 
-    All tokens run through layers 0..det, fresh and selected ones through det+1..end, fresh ones through the rest.
     Selected are the tokens of a segment whose value deviation at layer `det` is at least `tau_dev` times the segment's
-    mean, and the segment's last `suffix` tokens.
+    mean, and the segment's last `suffix` tokens. (RelayCaching, entered from embeddings.)
     """
 
     det: int
@@ -53,20 +57,63 @@ class Relay(NamedTuple):
     suffix: int
 
 
-Policy = Rotate | Full | Relay
+class CacheBlend(NamedTuple):
+    """All tokens run through layers 0..det, fresh and selected ones through the rest.
+
+    Selected is the `share` of all reused tokens with the largest value deviation at layer `det`.
+    """
+
+    share: float = 0.15
+    det: int = 1
+
+
+class Probe(NamedTuple):
+    """What some fresh tokens look at runs through all layers like fresh tokens.
+
+    First pass: the fresh tokens before the first segment, and the last `queries` behind the last one, over donor KV and
+    each other. A reused token's score is the attention it gets there times the norm of its value, summed over rows,
+    heads and layers l with weight (l + 1) / layers, times (index + 4) ** -.35. Selected is the `share` of all reused
+    tokens with the highest scores or, with `coverage`, the fewest that hold this part of the sum of all scores.
+    Second pass, from embeddings: the selected tokens, and the fresh ones behind the start of the first segment.
+
+    `chunks`: ends of all chunks but the last. Their fresh tokens, and the last token of each, first run over unrepaired
+    donor KV; the last chunk's probe sees them, and its second pass repeats them.
+    """
+
+    share: float = 0.2
+    coverage: float | None = None
+    queries: int = 24
+    chunks: tuple[int, ...] = ()
+
+
+Policy = LegoLink | Relay | CacheBlend | Probe
+SPOILS: dict[str, Any] = {"stale_stage": Relay | CacheBlend, "flat_depth": Probe, "sees_all": Probe}
+"""The policies that have what a mutation spoils; those not named spoil all."""
 
 
 class Result(NamedTuple):
     """logits: [vocab] at the last position. k, v: [layers, n, kv_heads, head_dim] as cached after the prefill.
 
-    selected: bool [n], reused rows that `Relay` kept after layer `det`. deviation: [n], NaN where it was not measured.
+    selected: bool [n], reused rows chosen for recomputation. measured: [n], their deviation or score, NaN elsewhere.
     """
 
     logits: Tensor
     k: Tensor
     v: Tensor
     selected: Tensor
-    deviation: Tensor
+    measured: Tensor
+
+
+class _Prompt(NamedTuple):
+    """A prefill's input, its KV as it fills, and `_reused`."""
+
+    tokens: list[int]
+    segments: list[Segment]
+    mutate: Mutation | None
+    k: Tensor
+    v: Tensor
+    reused: Tensor
+    index: Tensor
 
 
 class Reference:
@@ -87,55 +134,90 @@ class Reference:
 
     def prefill(self, tokens: list[int]) -> Result:
         """The prompt computed as a whole: what exact serving produces."""
-        return self.run(tokens, [], Full())
+        return self.run(tokens, [], FULL)
 
     @torch.no_grad()
     def run(self, tokens: list[int], segments: list[Segment], policy: Policy, mutate: Mutation | None = None) -> Result:
-        """Prefill `tokens` with `segments` taken from donors, no prefix cached.
+        """Prefill `tokens`, the last one fresh, with disjoint `segments` in the prompt's order, no prefix cached.
 
-        Args:
-            tokens: the prompt. Its last token must be fresh.
-            segments: disjoint.
-            mutate: a deliberate error, to show that a comparison would notice it:
-                rotation_off_by_one: donor keys are turned to one position too far;
-                row_mask: causality by row number among the rows computed, bottom-right aligned, instead of by position;
-                swapped_slots: the first tokens of the first and the last segment receive each other's donor KV. (Within
-                one segment an exchange is no error: a key carries its position, and attention ignores the order.)
-                stale_stage: rows leave a stage one layer late;
-                missing_last_layer: the last layer is not run.
+        mutate: a deliberate error, to show that a comparison would notice it:
+            rotation_off_by_one: donor keys are turned to one position too far;
+            row_mask: causality by row number among the rows computed, bottom-right aligned, instead of by position;
+            swapped_slots: the middle tokens of first and last segment exchange donor KV (within one it is no error);
+            missing_last_layer: the last layer is not run;
+            stale_stage: rows leave a stage one layer late; flat_depth: all layers have the same weight in the score;
+            sees_all: the first pass of a probe sees fresh tokens that nobody has computed, as slots full of zeros.
         """
         n = len(tokens)
-        reused = torch.zeros(n, dtype=torch.bool)
-        for s in segments:
-            assert not reused[s.start : s.stop].any() and s.stop < n, "segments overlap or cover the last token"
-            reused[s.start : s.stop] = True
-        late = int(mutate == "stale_stage")
-        k, v = self._place(n, segments, mutate)
-        selected = torch.zeros(n, dtype=torch.bool)
-        deviation = torch.full((n,), math.nan, dtype=torch.float64)
-        positions = torch.arange(n)
-        x = self.weights["model.embed_tokens.weight"][tokens].double()
-        for layer in range(self.layers - (mutate == "missing_last_layer")):
-            rows = positions[~reused | _recomputed(policy, layer - late, selected)]
-            h = self._norm(x[rows], f"model.layers.{layer}.input_layernorm.weight")
-            q = self._turn(self._heads(h, layer, "q"), rows)
-            fresh_k, fresh_v = self._turn(self._heads(h, layer, "k"), rows), self._heads(h, layer, "v")
-            if isinstance(policy, Relay) and layer == policy.det:
-                for s in segments:
-                    span = slice(s.start, s.stop)
-                    deviation[span] = 1 - torch.cosine_similarity(v[layer, span], fresh_v[span], dim=-1).mean(-1)
-                    selected[span] = deviation[span] >= policy.tau_dev * deviation[span].mean()
-                    selected[max(s.start, s.stop - policy.suffix) : s.stop] = True
-            k[layer, rows], v[layer, rows] = fresh_k, fresh_v
-            sees = torch.arange(len(rows)) + n - len(rows) if mutate == "row_mask" else rows
-            x[rows] += self._attend(q, k[layer], v[layer], positions <= sees[:, None], layer)
-            h = self._norm(x[rows], f"model.layers.{layer}.post_attention_layernorm.weight")
-            gate = torch.nn.functional.silu(self._linear(h, f"model.layers.{layer}.mlp.gate_proj"))
-            up = self._linear(h, f"model.layers.{layer}.mlp.up_proj")
-            x[rows] += self._linear(gate * up, f"model.layers.{layer}.mlp.down_proj")
+        prompt = _Prompt(tokens, segments, mutate, *self._place(n, segments, mutate), *_reused(n, segments))
+        passes = self._probe(prompt, policy) if isinstance(policy, Probe) else self._staged(prompt, policy)
         head = "model.embed_tokens" if "lm_head.weight" not in self.weights else "lm_head"
-        logits = self._linear(self._norm(x[-1], "model.norm.weight"), head)
-        return Result(logits, k, v, selected, deviation)
+        logits = self._linear(self._norm(passes[0][-1], "model.norm.weight"), head)
+        return Result(logits, prompt.k, prompt.v, *passes[1:])
+
+    def _staged(self, prompt: _Prompt, policy: Policy) -> tuple[Tensor, Tensor, Tensor]:
+        """A single pass, whose rows depend on the layer: hidden states at its end, `selected`, `measured`."""
+        reused, v, late = prompt.reused, prompt.v, prompt.mutate == "stale_stage"
+        donor, deviation = v.clone(), torch.full((len(reused),), math.nan, dtype=torch.float64)
+        selected = reused & (prompt.index < (policy.first if isinstance(policy, LegoLink) else 0))
+
+        def rows(layer: int) -> Tensor:
+            if isinstance(policy, Relay | CacheBlend) and layer == policy.det + 1:
+                change = 1 - torch.cosine_similarity(donor[policy.det, reused], v[policy.det, reused], dim=-1).mean(-1)
+                selected[:] = _deviating(deviation.masked_scatter_(reused, change), prompt.segments, policy)
+            if isinstance(policy, Relay | CacheBlend) and layer - late <= policy.det:
+                return torch.ones_like(reused)
+            return ~reused if isinstance(policy, Relay) and layer - late > policy.end else ~reused | selected
+
+        return self._pass(prompt, rows)[0], selected, deviation
+
+    def _probe(self, prompt: _Prompt, policy: Probe) -> tuple[Tensor, Tensor, Tensor]:
+        """As `_staged`: a pass for each earlier chunk, one that looks, one that recomputes."""
+        reused, position = prompt.reused, torch.arange(len(prompt.tokens))
+        reused[[stop - 1 for stop in policy.chunks]] = False
+        known = reused.clone()
+        for rows in (~known & (position < stop) for stop in policy.chunks):
+            self._pass(prompt, lambda _, rows=rows: rows)
+            known |= rows
+        head, tail = position < prompt.segments[0].start, position >= prompt.segments[-1].stop
+        assert not (known & tail).any(), "no definition tells what a probe asks with when chunks split its suffix"
+        rows = ~known & head | tail & (position >= len(position) - policy.queries)
+        if prompt.mutate == "sees_all":
+            _ = prompt.k.nan_to_num_(0), prompt.v.nan_to_num_(0), known.fill_(True)
+        _, influence = self._pass(prompt, lambda _: rows, known | rows)
+        score = torch.where(reused, influence * (prompt.index + 4.0) ** -0.35, math.nan)
+        selected = _largest(score, policy.share, policy.coverage)
+        return self._pass(prompt, lambda _: ~head & (~reused | selected))[0], selected, score
+
+    def _pass(self, prompt: _Prompt, at: Callable[[int], Tensor], seen: Tensor | bool = True) -> tuple[Tensor, Tensor]:
+        """Run the rows that `at` names for each layer, from embeddings, and cache their K and V.
+
+        They attend to what is `seen` (bool [n]) up to their own position. Returns hidden states and influence, [n]: the
+        attention that a position gets times the norm of the value there, summed over rows, heads and weighted layers.
+        """
+        n, k, v = len(prompt.tokens), prompt.k, prompt.v
+        x = self.weights["model.embed_tokens.weight"][prompt.tokens].double()
+        influence = x.new_zeros(n)
+        for layer in range(self.layers - (prompt.mutate == "missing_last_layer")):
+            rows, name = at(layer).nonzero()[:, 0], f"model.layers.{layer}"
+            h = self._norm(x[rows], f"{name}.input_layernorm.weight")
+            heads = (self._linear(h, f"{name}.self_attn.{i}_proj").unflatten(-1, (-1, self.head_dim)) for i in "qkv")
+            q, fresh_k, fresh_v = heads
+            q, k[layer, rows], v[layer, rows] = self._turn(q, rows), self._turn(fresh_k, rows), fresh_v
+            until = torch.arange(len(rows)) + n - len(rows) if prompt.mutate == "row_mask" else rows
+            mask = (torch.arange(n) <= until[:, None]) & seen
+            all_k, all_v = (i[layer].repeat_interleave(self.heads // self.kv_heads, 1) for i in (k, v))
+            score = torch.einsum("qhd,khd->hqk", q, all_k) / math.sqrt(self.head_dim)
+            weight = score.masked_fill(~mask, -math.inf).softmax(-1)
+            all_v = all_v.where(mask.any(0)[:, None, None], 0)  # a weight of zero would not silence a NaN
+            out = torch.einsum("hqk,khd->qhd", weight, all_v).flatten(1)
+            depth = 1 if prompt.mutate == "flat_depth" else (layer + 1) / self.layers
+            influence += depth * torch.einsum("hqk,kh->k", weight, all_v.norm(dim=-1))
+            x[rows] += self._linear(out, f"{name}.self_attn.o_proj")
+            h = self._norm(x[rows], f"{name}.post_attention_layernorm.weight")
+            gate, up = (self._linear(h, f"{name}.mlp.{i}_proj") for i in ("gate", "up"))
+            x[rows] += self._linear(torch.nn.functional.silu(gate) * up, f"{name}.mlp.down_proj")
+        return x, influence
 
     def _place(self, n: int, segments: list[Segment], mutate: Mutation | None) -> tuple[Tensor, Tensor]:
         """K and V before anything is computed: donors' at their new positions, NaN where nothing may be read yet."""
@@ -143,57 +225,63 @@ class Reference:
         v = k.clone()
         donors = [(s.k.double().clone(), s.v.double().clone()) for s in segments]
         if mutate == "swapped_slots":
-            assert len({s.start - s.source_start for s in (segments[0], segments[-1])}) == 2, "needs two distances"
-            for first, last in zip(donors[0], donors[-1], strict=True):
-                first[:, 0], last[:, 0] = last[:, 0].clone(), first[:, 0].clone()
+            assert len({s.start - s.source for s in (segments[0], segments[-1])}) == 2, "needs two distances"
+            for a, b in zip(donors[0], donors[-1], strict=True):
+                i, j = a.shape[1] // 2, b.shape[1] // 2
+                a[:, i], b[:, j] = b[:, j].clone(), a[:, i].clone()
         for s, (donor_k, donor_v) in zip(segments, donors, strict=True):
             offset = torch.arange(s.stop - s.start)
             target = s.start + offset + (mutate == "rotation_off_by_one")
-            k[:, s.start : s.stop] = self._turn(donor_k, target, s.source_start + offset)
+            k[:, s.start : s.stop] = self._turn(donor_k, target, s.source + offset)
             v[:, s.start : s.stop] = donor_v
         return k, v
 
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, layer: int) -> Tensor:
-        """Rows' attention over all positions that `mask` [rows, n] lets them see, through the output projection."""
-        out = []
-        for head in range(self.heads):
-            kv = head // (self.heads // self.kv_heads)
-            score = (q[:, head] @ k[:, kv].T / math.sqrt(self.head_dim)).masked_fill(~mask, -math.inf)
-            seen = mask.any(0)
-            out.append(score[:, seen].softmax(-1) @ v[seen, kv])
-        return self._linear(torch.cat(out, -1), f"model.layers.{layer}.self_attn.o_proj")
-
-    def _heads(self, h: Tensor, layer: int, which: str) -> Tensor:
-        return self._linear(h, f"model.layers.{layer}.self_attn.{which}_proj").unflatten(-1, (-1, self.head_dim))
-
     def _turn(self, x: Tensor, target: Tensor, source: Tensor | None = None) -> Tensor:
         """[..., n, heads, head_dim] turned from `source` (none: unrotated) to `target` positions, NeoX pairing."""
-        angle = self._angle(target) - (self._angle(source) if source is not None else 0)
+        angle = torch.outer(target.float() / self.stretch, self.frequency).double()  # fp32 is part of the definition
+        if source is not None:
+            angle -= torch.outer(source.float() / self.stretch, self.frequency).double()
         pair = torch.complex(*x.chunk(2, -1)) * torch.polar(torch.ones_like(angle), angle)[:, None]
         return torch.cat((pair.real, pair.imag), -1)
-
-    def _angle(self, position: Tensor) -> Tensor:
-        """[n, head_dim / 2]. In fp32 like every implementation of the model: it is part of the definition."""
-        return torch.outer(position.float() / self.stretch, self.frequency).double()
 
     def _norm(self, x: Tensor, weight: str) -> Tensor:
         scale = torch.rsqrt(x.square().mean(-1, keepdim=True) + self.config["rms_norm_eps"])
         return x * scale * self.weights[weight].double()
 
     def _linear(self, x: Tensor, name: str) -> Tensor:
-        bias = self.weights.get(f"{name}.bias")
-        return torch.nn.functional.linear(
-            x, self.weights[f"{name}.weight"].double(), None if bias is None else bias.double()
-        )
+        weight, bias = self.weights[f"{name}.weight"], self.weights.get(f"{name}.bias")
+        return torch.nn.functional.linear(x, weight.double(), None if bias is None else bias.double())
 
 
-def _recomputed(policy: Policy, layer: int, selected: Tensor) -> Tensor:
-    """bool [n]: the rows that `layer` computes besides the fresh ones."""
-    if isinstance(policy, Full) or (isinstance(policy, Relay) and layer <= policy.det):
-        return torch.ones_like(selected)
-    if isinstance(policy, Relay) and layer <= policy.end:
-        return selected
-    return torch.zeros_like(selected)
+def _reused(n: int, segments: list[Segment]) -> tuple[Tensor, Tensor]:
+    """bool [n], whether a segment's token; int64 [n], how many tokens of its donor's text are before it."""
+    reused, index, first = torch.zeros(n, dtype=torch.bool), torch.zeros(n, dtype=torch.int64), {}
+    for s in segments:
+        assert not reused[s.start :].any() and s.stop < n, "segments out of order, or over the last token"
+        first[s.donor] = min(s.source, first.get(s.donor, s.source))
+        reused[s.start : s.stop] = True
+        index[s.start : s.stop] = torch.arange(s.stop - s.start) + s.source - first[s.donor]
+    return reused, index
+
+
+def _largest(value: Tensor, share: float, coverage: float | None = None) -> Tensor:
+    """bool [n]: the largest among those not NaN, equal ones in order of position, by number or by part of the sum."""
+    order = value.nan_to_num(-math.inf).argsort(descending=True, stable=True)[: int((~value.isnan()).sum())]
+    limit = max(1, math.floor(share * len(order)))
+    if coverage is not None:
+        limit = int((value[order].cumsum(0) - value[order] < coverage * value[order].sum()).sum())
+    return torch.zeros_like(value, dtype=torch.bool).index_fill(0, order[:limit], True)
+
+
+def _deviating(deviation: Tensor, segments: list[Segment], policy: Relay | CacheBlend) -> Tensor:
+    """bool [n]: what the policy selects."""
+    if isinstance(policy, CacheBlend):
+        return _largest(deviation, policy.share)
+    selected = torch.zeros_like(deviation, dtype=torch.bool)
+    for span in (slice(s.start, s.stop) for s in segments):
+        selected[span] = deviation[span] >= policy.tau_dev * deviation[span].mean()
+        selected[max(span.start, span.stop - policy.suffix) : span.stop] = True
+    return selected
 
 
 def _rotary(config: dict[str, Any], head_dim: int) -> tuple[Tensor, float]:
@@ -202,10 +290,8 @@ def _rotary(config: dict[str, Any], head_dim: int) -> tuple[Tensor, float]:
     base = rope.get("rope_theta") or config.get("rope_theta", 10000.0)
     kind = rope.get("rope_type") or rope.get("type") or "default"
     frequency = 1.0 / base ** (torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
-    if kind == "default":
-        return frequency, 1.0
-    if kind == "linear":
-        return frequency, float(rope["factor"])
+    if kind in ("default", "linear"):
+        return frequency, float(rope.get("factor", 1.0))
     if kind != "llama3":
         raise NotImplementedError(f"rope type {kind}")
     context, low, high = (rope[x] for x in ("original_max_position_embeddings", "low_freq_factor", "high_freq_factor"))

@@ -8,13 +8,28 @@ more than the bound, so the comparison would notice a server that made it.
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
 import pytest
 import torch
 from prompts import Cut, Donor, Prompt, compose, random_tokens
-from reference import Full, Mutation, Policy, Reference, Relay, Result, Rotate, Segment
+from reference import (
+    FULL,
+    ROTATE,
+    SPOILS,
+    CacheBlend,
+    LegoLink,
+    Mutation,
+    Policy,
+    Probe,
+    Reference,
+    Relay,
+    Result,
+    Segment,
+)
 from tiny_model import make_tiny_llama
 
 from sglang_relay.fetch_model import ensure_model
@@ -26,6 +41,8 @@ CLEAR = 1e-2
 ENOUGH = "on the larger model one of its kind is enough"
 MARGIN = 2e-6
 """Closest that a deviation may come to the threshold: below, fp32 and fp64 may select different tokens."""
+SCORE_MARGIN = 1e-4
+"""The same for a probe's scores, relative to the threshold."""
 
 
 class Case(NamedTuple):
@@ -34,14 +51,32 @@ class Case(NamedTuple):
     cuts: list[Cut]
     tail: int
 
+    @property
+    def reused(self) -> int:
+        return sum(cut.length for cut in self.cuts)
+
 
 CASES = {
     "one": Case([Cut(0, 0, 64, 9)], 7),
     "middle": Case([Cut(1, 37, 67, 21)], 1),
     "two": Case([Cut(1, 5, 70, 12), Cut(2, 40, 64, 3)], 12),
-    "three": Case([Cut(2, 20, 48, 11), Cut(0, 31, 70, 2), Cut(1, 8, 60, 17)], 9),
+    "three": Case([Cut(2, 20, 48, 11), Cut(0, 31, 70, 2), Cut(1, 8, 60, 17)], 40),
+    "continued": Case([Cut(0, 40, 33, 7), Cut(0, 75, 33, 4), Cut(0, 3, 34, 9)], 24),
     "adjacent": Case([Cut(0, 10, 80, 30), Cut(2, 50, 41, 1)], 2),
 }
+
+
+POLICIES = {"rotate": ROTATE, "full": FULL, "legolink": LegoLink(), "cacheblend": CacheBlend(), "probe": Probe()}
+
+
+NO_AUDIT = {"SGLANG_RELAY_AUDIT_EVERY": "0"}
+"""An audited request is served exactly."""
+EXPLICIT = {"probe": {"relay_budget": 0.2}}
+"""Budgets that requests name, so that these comparisons do not hang on a server's default."""
+
+
+SPREAD = Case([Cut(2, 20, 80, 11), Cut(0, 5, 100, 90), Cut(1, 8, 95, 70)], 66)
+"""Many fresh tokens that a probe must not see."""
 
 
 class Setting(NamedTuple):
@@ -68,15 +103,23 @@ class World:
             self.decode(random_tokens(length, self._rng, self.vocab), relay="exact")
 
     def policy(self, name: str) -> Policy:
-        return {"rotate": Rotate(), "full": Full(), "relay": self.setting.relay}[name]
+        return {"relay": self.setting.relay, **POLICIES}[name]
 
     def decode(self, prompt: list[int], segments: list[Segment] | None = None, **params: Any) -> dict[str, Any]:
         """Make a donor of 110 varied tokens; its KV is what the reference computes with the same `segments`."""
         answer = self.server.generate(
-            prompt, max_new_tokens=110, ignore_eos=True, frequency_penalty=1.0, custom_params=params
+            prompt,
+            max_new_tokens=110,
+            ignore_eos=True,
+            frequency_penalty=1.0,
+            custom_params={**EXPLICIT.get(params.get("relay_policy", ""), {}), **params},
         )
         donor = Donor(prompt, answer["output_ids"])
-        policy = self.policy(params["relay_policy"]) if segments else Full()
+        policy = self.policy(params["relay_policy"]) if segments else FULL
+        if isinstance(policy, Probe) and segments:
+            # Its prompt's last tokens asked, not what it decoded then.
+            segments = without(segments, self.reference.run(prompt, segments, policy).selected)
+            policy = ROTATE
         self.donors.append(donor)
         self._computed.append(self.reference.run([*donor.path[:-1], 3], segments or [], policy))
         return answer["meta_info"]["relay"]
@@ -90,7 +133,7 @@ class World:
         cut = []
         for p in prompt.pieces:
             span, donor = slice(p.source, p.source + p.length), self._computed[p.donor]
-            cut.append(Segment(p.start, p.stop, p.source, donor.k[:, span], donor.v[:, span]))
+            cut.append(Segment(p.start, p.stop, p.donor, p.source, donor.k[:, span], donor.v[:, span]))
         return cut
 
     def serve(self, prompt: Prompt, **params: Any) -> tuple[torch.Tensor, dict[str, Any]]:
@@ -98,7 +141,7 @@ class World:
         answer = self.server.generate(
             prompt.tokens,
             max_new_tokens=1,
-            custom_params={"relay_donate": "none", **params},
+            custom_params={"relay_donate": "none", **EXPLICIT.get(params.get("relay_policy", ""), {}), **params},
             fields={"return_logprob": True, "token_ids_logprob": list(range(self.vocab))},
         )["meta_info"]
         values = answer["output_token_ids_logprobs"][0]
@@ -113,7 +156,7 @@ def world(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     model = make_tiny_llama(tmp_path_factory.mktemp("tiny")) if tiny else ensure_model("smollm2-135m")
     # The first number only tells where the entry from hidden states would begin.
     layers = f"1,{setting.relay.det},{setting.relay.end}"
-    env = {"SGLANG_RELAY_LAYER_RANGE": layers, "SGLANG_RELAY_TAU_DEV": str(setting.relay.tau_dev)}
+    env = {"SGLANG_RELAY_LAYER_RANGE": layers, "SGLANG_RELAY_TAU_DEV": str(setting.relay.tau_dev), **NO_AUDIT}
     args = ("--radix-cache-backend", "relay", "--dtype", "float32", "--max-total-tokens", 8192)
     with Server(model, *args, env=env) as server:
         yield World(setting, server, Reference(model))
@@ -127,6 +170,26 @@ def far(a: torch.Tensor, b: torch.Tensor) -> float:
     return float((a - b).abs().max())
 
 
+def without(segments: list[Segment], selected: torch.Tensor) -> list[Segment]:
+    """The reused tokens that are not selected, as segments of one token."""
+    return [
+        Segment(s.start + i, s.start + i + 1, s.donor, s.source + i, s.k[:, i : i + 1], s.v[:, i : i + 1])
+        for s in segments
+        for i in range(s.stop - s.start)
+        if not selected[s.start + i]
+    ]
+
+
+def cost(policy: Policy, layers: int, reused: int, selected: int, tail: int) -> float:
+    """Rows beyond one per fresh token, in all layers, as a share of what computing the reused tokens would take."""
+    if isinstance(policy, Probe):
+        return (selected + min(policy.queries, tail)) / reused
+    if isinstance(policy, LegoLink):
+        return selected / reused
+    end = policy.end if isinstance(policy, Relay) else layers - 1
+    return (reused * (policy.det + 1) + selected * (end - policy.det)) / reused / layers
+
+
 def check_counts(report: dict[str, Any], prompt: Prompt, recomputed: int) -> None:
     fresh = len(prompt.tokens) - prompt.matched
     assert report["declined"] is None, report
@@ -134,28 +197,82 @@ def check_counts(report: dict[str, Any], prompt: Prompt, recomputed: int) -> Non
     assert (report["relayed"], report["recomputed"]) == (prompt.matched - recomputed, recomputed), report
 
 
-def check_margin(result: Result, segments: list[Segment], tau_dev: float) -> None:
+def check_margin(policy: Policy, result: Result, segments: list[Segment]) -> None:
     """The selection hangs on no rounding; if it does, the test needs other prompts."""
-    for s in segments:
-        deviation = result.deviation[s.start : s.stop]
-        assert float((deviation - tau_dev * deviation.mean()).abs().min()) > MARGIN, "choose another seed"
+    if isinstance(policy, Relay):
+        for s in segments:
+            deviation = result.measured[s.start : s.stop]
+            assert float((deviation - policy.tau_dev * deviation.mean()).abs().min()) > MARGIN, "choose another seed"
+    elif not isinstance(policy, LegoLink):
+        least, most = result.measured[result.selected].min(), result.measured[~result.selected].nan_to_num(0).max()
+        assert float(least - most) > (MARGIN if isinstance(policy, CacheBlend) else SCORE_MARGIN * float(least)), (
+            "choose another seed"
+        )
+    if isinstance(policy, Probe) and policy.coverage is not None:
+        held, total = result.measured[result.selected].sum(), result.measured.nansum()
+        before = held - result.measured[result.selected].min()
+        assert before / total < policy.coverage - SCORE_MARGIN and held / total > policy.coverage + SCORE_MARGIN
+
+
+def check(world: World, prompt: Prompt, policy: Policy, **params: Any) -> Result:
+    """Serve the prompt and compare with the reference; returns what the reference says."""
+    segments = world.segments(prompt)
+    got, report = world.serve(prompt, **params)
+    want = world.reference.run(prompt.tokens, segments, policy)
+    check_margin(policy, want, segments)
+    selected, tail = int(want.selected.sum()), len(prompt.tokens) - prompt.pieces[-1].stop
+    check_counts(report, prompt, selected)
+    assert report["cost"] == pytest.approx(
+        cost(policy, world.reference.layers, prompt.matched, selected, tail), abs=1e-4
+    )
+    assert far(got, log_probabilities(want)) < BOUND
+    assert far(got, got.new_zeros(())) > 1, "a distribution, not a constant"
+    return want
 
 
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("policy", ["rotate", "relay", "full"])
+@pytest.mark.parametrize("policy", ["relay", *POLICIES])
 def test_next_token_distribution(world: World, policy: str, case: str) -> None:
     if case not in world.setting.cases:
         pytest.skip(ENOUGH)
     prompt = world.prompt(CASES[case])
-    segments = world.segments(prompt)
-    got, report = world.serve(prompt, relay_policy=policy)
-    want = world.reference.run(prompt.tokens, segments, world.policy(policy))
+    selected = int(check(world, prompt, world.policy(policy), relay_policy=policy).selected.sum())
     if policy == "relay":
-        check_margin(want, segments, world.setting.relay.tau_dev)
-        assert len(segments) * world.setting.relay.suffix < int(want.selected.sum()) < prompt.matched
-    check_counts(report, prompt, prompt.matched if policy == "full" else int(want.selected.sum()))
-    assert far(got, log_probabilities(want)) < BOUND
-    assert far(got, got.new_zeros(())) > 1, "a distribution, not a constant"
+        assert len(prompt.pieces) * world.setting.relay.suffix < selected < prompt.matched
+
+
+@pytest.mark.parametrize(
+    ("name", "budget", "policy"),
+    [
+        ("legolink", 5, LegoLink(5)),
+        ("legolink", 64, LegoLink(64)),
+        ("cacheblend", 0.4, CacheBlend(0.4)),
+        ("cacheblend", 0.001, CacheBlend(0.001)),
+        ("probe", 0.05, Probe(0.05)),
+        ("probe", 0.45, Probe(0.45)),
+        ("probe", "fast", Probe(0.1)),
+        ("probe", "coverage:0.6", Probe(coverage=0.6)),
+        ("probe", "coverage:0.95", Probe(coverage=0.95)),
+    ],
+)
+def test_budget(world: World, name: str, budget: int | float | str, policy: Policy) -> None:
+    if world.setting is not TINY:
+        pytest.skip("the selection does not depend on the model")
+    want = check(world, world.prompt(CASES["three"]), policy, relay_policy=name, relay_budget=budget)
+    assert 0 < int(want.selected.sum()) < CASES["three"].reused
+
+
+def test_probe_is_the_default_and_leaves_long_suffixes_to_full_prefill(world: World) -> None:
+    """At .3 for a model without a certificate. It declines 16 fresh tokens behind 64 reused ones, and takes 15."""
+    if world.setting is not TINY:
+        pytest.skip("the decision does not depend on the model")
+    cuts = [Cut(1, 20, 64, 8)]
+    check(world, world.prompt(Case(cuts, 15)), Probe(0.3))
+    prompt = world.prompt(Case(cuts, 16))
+    got, report = world.serve(prompt)
+    assert report["declined"] == "long_suffix", report
+    assert (report["relayed"], report["recomputed"], report["segments"]) == (0, 0, 0), report
+    assert far(got, log_probabilities(world.reference.prefill(prompt.tokens))) < BOUND
 
 
 @pytest.mark.parametrize("budget", [0.2, 0.25])
@@ -167,8 +284,8 @@ def test_budget_keeps_the_suffix_and_the_largest_deviations(world: World, budget
     got, report = world.serve(prompt, relay_policy="relay", relay_budget=budget)
     relay = world.setting.relay
     measured = world.reference.run(prompt.tokens, segments, relay)
-    check_margin(measured, segments, relay.tau_dev)
-    deviation = measured.deviation[segments[0].start : segments[0].stop]
+    check_margin(relay, measured, segments)
+    deviation = measured.measured[segments[0].start : segments[0].stop]
     inner = deviation[: -relay.suffix].sort(descending=True).values
     kept = int(budget * prompt.matched) - relay.suffix
     assert 0 < kept < int((inner >= relay.tau_dev * deviation.mean()).sum()), "the budget should be what limits"
@@ -180,7 +297,7 @@ def test_budget_keeps_the_suffix_and_the_largest_deviations(world: World, budget
     assert far(got, log_probabilities(want)) < BOUND
 
 
-@pytest.mark.parametrize("policy", ["rotate", "relay"])
+@pytest.mark.parametrize("policy", ["rotate", "relay", "cacheblend", "probe"])
 def test_donor_that_was_relayed_itself(world: World, policy: str) -> None:
     """The third agent reuses what the second decoded over relayed KV: approximation of depth 2."""
     if world.setting is SMOLLM2:
@@ -195,22 +312,45 @@ def test_donor_that_was_relayed_itself(world: World, policy: str) -> None:
     got, report = world.serve(third, relay_policy=policy)
     assert report["depth"] == 2, report
     want = world.reference.run(third.tokens, segments, world.policy(policy))
-    if policy == "relay":
-        check_margin(want, segments, world.setting.relay.tau_dev)
+    check_margin(world.policy(policy), want, segments)
     check_counts(report, third, int(want.selected.sum()))
     assert far(got, log_probabilities(want)) < BOUND
 
 
-@pytest.mark.parametrize("policy", ["rotate", "relay"])
+@pytest.mark.parametrize("policy", ["rotate", "relay", "legolink", "cacheblend", "probe"])
 def test_mutations_would_be_caught(world: World, policy: str) -> None:
-    if world.setting is SMOLLM2 and policy == "rotate":
+    if world.setting is SMOLLM2 and policy not in ("relay", "probe"):
         pytest.skip(ENOUGH)
-    prompt = world.prompt(CASES["three"])
+    prompt = world.prompt(CASES["three"] if policy != "probe" else SPREAD)
     segments = world.segments(prompt)
     got, _ = world.serve(prompt, relay_policy=policy)
-    assert far(got, log_probabilities(world.reference.run(prompt.tokens, segments, world.policy(policy)))) < BOUND
+    right = world.policy(policy)
+    assert far(got, log_probabilities(world.reference.run(prompt.tokens, segments, right))) < BOUND
     for mutation in get_args(Mutation):
-        if policy == "rotate" and mutation == "stale_stage":
-            continue  # it has no stages
-        wrong = world.reference.run(prompt.tokens, segments, world.policy(policy), mutation)
-        assert far(got, log_probabilities(wrong)) > CLEAR, mutation
+        if isinstance(right, SPOILS.get(mutation, Policy)):
+            wrong = world.reference.run(prompt.tokens, segments, right, mutation)
+            assert far(got, log_probabilities(wrong)) > CLEAR, mutation
+
+
+def test_probe_in_chunks(tmp_path: Path) -> None:
+    """The first chunk ends within the third segment; the suffix is longer than the default allows."""
+    model = make_tiny_llama(tmp_path)
+    env = {"SGLANG_RELAY_ROUTE_ABOVE": "1", "SGLANG_RELAY_PROBE_QUERIES": "8", **NO_AUDIT}
+    args = ("--radix-cache-backend", "relay", "--dtype", "float32", "--chunked-prefill-size", 64)
+    with Server(model, *args, "--max-total-tokens", 8192, env=env) as server:
+        world = World(TINY, server, Reference(model))
+        prompt = world.prompt(CASES["three"]._replace(tail=50))
+        segments, begin = world.segments(prompt), len(server.log())
+        got, report = world.serve(prompt, relay_policy="probe")
+        first, last = map(int, re.findall(r"Prefill batch.*#new-token: (\d+)", server.log()[begin:]))
+    assert first + last == len(prompt.tokens) and segments[2].start < first - 1 < segments[2].stop - 1
+    policy = Probe(queries=8, chunks=(first,))
+    want = world.reference.run(prompt.tokens, segments, policy)
+    check_margin(policy, want, segments)
+    selected, reused = int(want.selected.sum()), prompt.matched - 1
+    assert report["declined"] is None, report
+    assert (report["relayed"], report["recomputed"]) == (reused - selected, selected), report
+    assert (report["exact"], report["fresh"]) == (0, len(prompt.tokens) - reused), report
+    assert far(got, log_probabilities(want)) < BOUND
+    at_once = world.reference.run(prompt.tokens, segments, Probe(queries=8))
+    assert far(got, log_probabilities(at_once)) > CLEAR, "the border should matter"

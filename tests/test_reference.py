@@ -6,7 +6,20 @@ from typing import Any, get_args
 
 import pytest
 import torch
-from reference import Full, Mutation, Policy, Reference, Relay, Result, Rotate, Segment
+from reference import (
+    FULL,
+    ROTATE,
+    SPOILS,
+    CacheBlend,
+    LegoLink,
+    Mutation,
+    Policy,
+    Probe,
+    Reference,
+    Relay,
+    Result,
+    Segment,
+)
 from safetensors.torch import load_file, save_file
 from tiny_model import make_tiny_llama
 
@@ -23,8 +36,13 @@ LLAMA3 = {
 
 
 @pytest.fixture(scope="module")
-def reference(tmp_path_factory: pytest.TempPathFactory) -> Reference:
-    return Reference(make_tiny_llama(tmp_path_factory.mktemp("tiny"), layers=LAYERS))
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny_llama(tmp_path_factory.mktemp("tiny"), layers=LAYERS)
+
+
+@pytest.fixture(scope="module")
+def reference(checkpoint: Path) -> Reference:
+    return Reference(checkpoint)
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +50,7 @@ def chain(reference: Reference) -> tuple[list[int], list[Segment], Result]:
     """A third agent's prompt that holds the outputs of two others, and the prompt computed as a whole."""
     first, second, prompt = tokens(60, 1), tokens(90, 2), tokens(120, 3)
     prompt[10:50], prompt[58:100] = first[20:60], second[45:87]
-    segments = [cut(reference.prefill(first), 20, 10, 40), cut(reference.prefill(second), 45, 58, 42)]
+    segments = [cut(reference.prefill(first), 20, 10, 40), cut(reference.prefill(second), 45, 58, 42, donor=1)]
     return prompt, segments, reference.prefill(prompt)
 
 
@@ -40,9 +58,9 @@ def tokens(n: int, seed: int) -> list[int]:
     return torch.randint(3, 1024, (n,), generator=torch.Generator().manual_seed(seed)).tolist()
 
 
-def cut(donor: Result, source: int, start: int, length: int) -> Segment:
+def cut(held: Result, source: int, start: int, length: int, donor: int = 0) -> Segment:
     span = slice(source, source + length)
-    return Segment(start, start + length, source, donor.k[:, span], donor.v[:, span])
+    return Segment(start, start + length, donor, source, held.k[:, span], held.v[:, span])
 
 
 def far(a: Result, b: Result) -> float:
@@ -78,10 +96,14 @@ def test_prefill_is_hugging_face(tmp_path: Path, scaling: Any, heads: int, kv_he
 @pytest.mark.parametrize(
     "policy",
     [
-        Full(),
+        FULL,
         Relay(LAYERS - 1, LAYERS - 1, 1.5, 0),
         Relay(1, LAYERS - 1, -1.0, 0),
         Relay(2, LAYERS - 1, 9.0, EVERYTHING),
+        LegoLink(42),
+        CacheBlend(1.0),
+        Probe(1.0),
+        Probe(coverage=1.0),
     ],
 )
 def test_recomputing_everything_is_full_prefill(
@@ -97,7 +119,7 @@ def test_donor_of_the_same_context_changes_nothing(reference: Reference) -> None
     prompt = tokens(100, 4)
     whole = reference.prefill(prompt)
     segments = [cut(whole, 30, 30, 40)]
-    for policy in (Rotate(), Relay(1, 3, 1.5, 10)):
+    for policy in (ROTATE, RELAY, LegoLink(4), CacheBlend(), Probe(queries=8), Probe(chunks=(20, 50))):
         assert far(reference.run(prompt, segments, policy), whole) < 1e-10
 
 
@@ -106,7 +128,7 @@ def test_rotation_places_keys_at_their_new_positions(
 ) -> None:
     """In layer 0 a key depends on its token and its position only, so the turned donor must be the fresh key."""
     prompt, segments, whole = chain
-    result = reference.run(prompt, segments, Rotate())
+    result = reference.run(prompt, segments, ROTATE)
     assert torch.allclose(result.k[0], whole.k[0], atol=1e-10) and torch.allclose(result.v[0], whole.v[0], atol=1e-10)
     for s in segments:
         assert torch.equal(result.v[:, s.start : s.stop], s.v)
@@ -117,7 +139,7 @@ def test_relay_recomputes_what_its_definition_says(
     reference: Reference, chain: tuple[list[int], list[Segment], Result]
 ) -> None:
     prompt, segments, whole = chain
-    rotated, result = reference.run(prompt, segments, Rotate()), reference.run(prompt, segments, RELAY)
+    rotated, result = reference.run(prompt, segments, ROTATE), reference.run(prompt, segments, RELAY)
     reused = torch.zeros(len(prompt), dtype=torch.bool)
     for s in segments:
         reused[s.start : s.stop] = True
@@ -145,12 +167,14 @@ def test_repair_comes_closer_to_full_prefill(
 ) -> None:
     prompt, segments, whole = chain
     relay = reference.run(prompt, segments, Relay(2, LAYERS - 1, 1.0, 10))
-    assert far(relay, whole) < far(reference.run(prompt, segments, Rotate()), whole)
+    assert far(relay, whole) < far(reference.run(prompt, segments, ROTATE), whole)
 
 
 @pytest.mark.parametrize("mutate", get_args(Mutation))
 @pytest.mark.parametrize(
-    "policy", [Rotate(), RELAY, Relay(1, LAYERS - 1, 1.2, 5)], ids=["rotate", "relay", "relay-to-end"]
+    "policy",
+    [ROTATE, RELAY, Relay(1, LAYERS - 1, 1.2, 5), LegoLink(), CacheBlend(), Probe()],
+    ids=["rotate", "relay", "relay-to-end", "legolink", "cacheblend", "probe"],
 )
 def test_mutations_move_the_logits(
     reference: Reference, chain: tuple[list[int], list[Segment], Result], policy: Policy, mutate: Mutation
@@ -158,16 +182,121 @@ def test_mutations_move_the_logits(
     """Each by far more than the 1e-4 within which a server must agree."""
     prompt, segments, _ = chain
     moved = far(reference.run(prompt, segments, policy, mutate), reference.run(prompt, segments, policy))
-    if mutate == "stale_stage" and isinstance(policy, Rotate):
-        assert moved == 0, "rotate has no stages"
-    else:
+    if isinstance(policy, SPOILS.get(mutate, Policy)):
         assert moved > 0.01
+    else:
+        assert moved == 0
 
 
 def test_nothing_is_read_before_it_is_written(reference: Reference) -> None:
     """Positions without a donor hold NaN until they are computed, and none reaches the logits."""
     prompt = tokens(80, 5)
     donor = cut(reference.prefill(tokens(80, 6)), 3, 40, 20)
-    for policy in (Rotate(), RELAY, Full()):
+    for policy in (ROTATE, RELAY, FULL, LegoLink(), CacheBlend(), Probe(queries=5), Probe(chunks=(24, 50))):
         result = reference.run(prompt, [donor], policy)
         assert result.logits.isfinite().all() and result.k.isfinite().all() and result.v.isfinite().all()
+
+
+def test_legolink_counts_from_where_a_donors_text_begins(reference: Reference) -> None:
+    """A later part of the same text goes on counting; an earlier part, and another donor's text, begin anew."""
+    text, other, prompt = tokens(90, 7), tokens(90, 8), tokens(110, 9)
+    held, cuts = reference.prefill(text), [(20, 5, 12), (50, 20, 20), (10, 45, 15)]
+    for source, start, length in cuts:
+        prompt[start : start + length] = text[source : source + length]
+    prompt[70:90] = other[33:53]
+    segments = [cut(held, *c) for c in cuts] + [cut(reference.prefill(other), 33, 70, 20, donor=1)]
+    selected = reference.run(prompt, segments, LegoLink(35)).selected
+    # Sources 20-31 and 50-69 are indices 0-11 and 30-49; source 10 comes before 20.
+    assert selected.nonzero()[:, 0].tolist() == [*range(5, 17), *range(20, 25), *range(45, 60), *range(70, 90)]
+
+
+def test_cacheblend_takes_the_largest_deviations_of_all_segments(
+    reference: Reference, chain: tuple[list[int], list[Segment], Result]
+) -> None:
+    prompt, segments, whole = chain
+    result, rotated = reference.run(prompt, segments, CacheBlend(0.1)), reference.run(prompt, segments, ROTATE)
+    deviation = {}
+    for s in segments:
+        for i in range(s.stop - s.start):
+            # Layers 0 and 1 computed everything, so that the fresh values there are those of full prefill.
+            pairs = zip(s.v[1, i], whole.v[1, s.start + i], strict=True)
+            cosine = [float(a @ b / (a @ a).sqrt() / (b @ b).sqrt()) for a, b in pairs]
+            deviation[s.start + i] = 1 - sum(cosine) / len(cosine)
+    best = sorted(deviation, key=lambda p: -deviation[p])[: int(0.1 * 82)]
+    assert result.selected.nonzero()[:, 0].tolist() == sorted(best)
+    for layer in range(1, LAYERS):
+        recomputed = (result.v[layer] != rotated.v[layer]).any(-1).any(-1)[list(deviation)]
+        assert torch.equal(recomputed, torch.tensor([layer == 1 or p in best for p in deviation])), layer
+
+
+def test_probe_scores_what_its_definition_says(
+    checkpoint: Path, reference: Reference, chain: tuple[list[int], list[Segment], Result]
+) -> None:
+    """By Hugging Face's attention over a cache that holds the segments and what precedes them, and nothing else."""
+    transformers = pytest.importorskip("transformers")
+    prompt, segments, _ = chain
+    result, rotated = reference.run(prompt, segments, Probe(0.25, queries=6)), reference.run(prompt, segments, ROTATE)
+    held, probing = [*range(50), *range(58, 100)], [*range(114, 120)]
+    cache = transformers.DynamicCache()
+    for layer in range(LAYERS):
+        cache.update(*(x[layer, held].transpose(0, 1)[None].clone() for x in (rotated.k, rotated.v)), layer)
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        checkpoint, dtype=torch.float64, attn_implementation="eager"
+    )
+    with torch.no_grad():
+        attentions = model(
+            torch.tensor([[prompt[p] for p in probing]]),
+            attention_mask=torch.ones(1, len(held) + len(probing), dtype=torch.int64),
+            position_ids=torch.tensor([probing]),
+            past_key_values=cache,
+            output_attentions=True,
+        ).attentions
+    want = {}
+    for column, p in enumerate(held):
+        for s in segments:
+            if s.start <= p < s.stop:
+                # Heads 0 and 1 read the first kv head, 2 and 3 the second.
+                want[p] = (p - s.start + 4) ** -0.35 * sum(
+                    float(
+                        (layer + 1) / LAYERS * weight[0, head, :, column].sum() * rotated.v[layer, p, head // 2].norm()
+                    )
+                    for layer, weight in enumerate(attentions)
+                    for head in range(4)
+                )
+    assert {p: float(result.measured[p]) for p in want} == pytest.approx(want, rel=1e-5)
+    assert int(result.measured.isfinite().sum()) == len(want) == 82
+    ranked = sorted(want, key=lambda p: -want[p])
+    assert result.selected.nonzero()[:, 0].tolist() == sorted(ranked[: int(0.25 * 82)])
+    covered = reference.run(prompt, segments, Probe(coverage=0.6, queries=6)).selected.nonzero()[:, 0].tolist()
+    most, enough = ranked[: len(covered)], 0.6 * sum(want.values())
+    assert covered == sorted(most)
+    assert sum(want[p] for p in most[:-1]) < enough <= sum(want[p] for p in most)
+
+
+@pytest.mark.parametrize("policy", [Probe(), Probe(queries=5), LegoLink(7)], ids=str)
+def test_selected_tokens_are_computed_like_fresh_ones(
+    reference: Reference, chain: tuple[list[int], list[Segment], Result], policy: Policy
+) -> None:
+    """Rotation alone, of segments from which they are cut out, gives the same."""
+    prompt, segments, _ = chain
+    result = reference.run(prompt, segments, policy)
+    kept = []
+    for s in segments:
+        for i in range(s.stop - s.start):
+            if not result.selected[s.start + i]:
+                one = slice(i, i + 1)
+                kept.append(Segment(s.start + i, s.start + i + 1, s.donor, s.source + i, s.k[:, one], s.v[:, one]))
+    assert 0 < len(kept) < 82
+    assert far(reference.run(prompt, kept, ROTATE), result) < 1e-10
+
+
+@pytest.mark.parametrize("chunks", [(8,), (10, 54), (55,)])
+def test_chunks_between_segments_change_only_what_the_probe_sees(
+    reference: Reference, chain: tuple[list[int], list[Segment], Result], chunks: tuple[int, ...]
+) -> None:
+    """With everything selected, it is full prefill however it was cut."""
+    prompt, segments, whole = chain
+    assert far(reference.run(prompt, segments, Probe(1.0, chunks=chunks)), whole) < 1e-10
+    cut_up, at_once = (reference.run(prompt, segments, Probe(queries=6, chunks=c)) for c in (chunks, ()))
+    # Before position 10 nothing is relayed; 50 to 57 lie between the segments.
+    assert torch.allclose(cut_up.measured, at_once.measured, equal_nan=True) == (max(chunks) <= 10)
