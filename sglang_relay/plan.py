@@ -130,11 +130,6 @@ class RelayPlan:
         """First prompt position that may run in this chunk."""
         return self.prefix if self.pending is None else self.pending.start
 
-    @property
-    def placed(self) -> int:
-        """Tokens that receive donor KV."""
-        return sum(s.length for s in self.segments)
-
 
 def cover(candidates: Iterable[Candidate], start: int, stop: int, min_length: int, limit: int) -> list[Candidate]:
     """Choose disjoint pieces of ``candidates`` (best first) inside ``[start, stop)``, sorted by position.

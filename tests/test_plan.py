@@ -173,8 +173,3 @@ def test_a_repair_that_waited_begins_where_the_first_span_was_placed() -> None:
 def test_a_bad_repair_that_waited_is_refused(bad: RelayPlan) -> None:
     with pytest.raises(Decline, match="bad_plan"):
         bad.check(POOL_SLOTS)
-
-
-def test_placed_counts_the_tokens_of_all_segments() -> None:
-    assert plan(segment(10, 40), segment(50, 55)).placed == 35
-    assert plan().placed == 0

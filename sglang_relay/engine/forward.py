@@ -17,10 +17,11 @@ from sglang.srt.model_executor.model_runner import ModelRunnerOutput
 from sglang.srt.runtime_context import get_parallel
 from sglang_relay_kernels.realign import realign  # pyright: ignore[reportMissingImports]
 
-from sglang_relay.attention import AttentionPlan, ProbeRows, plan_attention, plan_probe
+from sglang_relay.attention import plan_attention
 from sglang_relay.engine.audit import AUDITED, divergence
 from sglang_relay.engine.backend import AttentionProbe, DeviationProbe, RelayAttentionBackend
 from sglang_relay.engine.layout import Layout, Span
+from sglang_relay.engine.probing import ProbePass
 from sglang_relay.engine.stage import Stage
 from sglang_relay.plan import Decline
 from sglang_relay.policies import PromptView
@@ -72,28 +73,26 @@ class StagedForward:
             if max(source.max(), target.max()) >= self.rotary.positions:
                 raise Decline("rotary_table_short", f"position {max(source.max(), target.max())}")
             self.source, self.target = layout.tensor(source), layout.tensor(target)
-        self.head = np.empty(0, dtype=np.int64)
         if self.policy.probes:
-            first, attention = self._prepare_probe()
+            self.probing = probing = ProbePass(layout, self.probe_queries)
+            self.first = self._stage(probing.rows, probing.missing)
+            self.backend.probe = AttentionProbe([rows for _, rows in probing.asked], self.layers)
+            for number, rows in enumerate(probing.repeated):
+                self.work[number] += rows * self.layers
         else:
-            first = self._first_rows()
-            attention = self._attend(first)
-        self.first = Stage(self.runner.model, layout, self.backend, first, attention)
+            self.first = self._stage(self._first_rows())
         if self.policy.signal == "deviation":
             self._prepare_deviation()
 
     def _first_rows(self) -> np.ndarray:
         if self.policy.whole:
             exact = self.layout.rows_of([s for s in self.layout.spans if s.exact])
-            self._count_work(self.layout.approximate(), self.policy.whole)
+            for span in self.layout.approximate():
+                self.work[span.plan] += span.length * self.policy.whole
             return np.setdiff1d(np.arange(len(self.layout.positions)), exact)
         if self.policy.signal == "none":
             return self._with_selected(self.fresh, [None] * len(self.plans))
         return self.fresh
-
-    def _count_work(self, spans: list[Span], layers: int) -> None:
-        for span in spans:
-            self.work[span.plan] += span.length * layers
 
     def _prepare_deviation(self) -> None:
         spans = self.layout.approximate()
@@ -103,47 +102,10 @@ class StagedForward:
             heads = self.runner.token_to_kv_pool.head_num
             self.backend.deviation = DeviationProbe(self.policy.whole - 1, heads, self.layout.tensor(rows), slots)
 
-    def _prepare_probe(self) -> tuple[np.ndarray, AttentionPlan]:
-        """The probe pass: of each prompt that ends here, the fresh tokens before its first segment, which are final,
-        and its last fresh ones, which look at the segments. What lies between is not computed yet, and not seen."""
-        layout = self.layout
-        asked: list[tuple[int, np.ndarray, list[Span]]] = []
-        head: list[np.ndarray] = []
-        for number, plan in enumerate(self.plans):
-            spans = layout.approximate(number)
-            if not plan.last or not spans:
-                continue
-            low, high = int(layout.starts[plan.row]), int(layout.starts[plan.row + 1])
-            fresh = low + np.flatnonzero(layout.fresh[low:high])
-            head.append(fresh[fresh < spans[0].row])
-            asked.append((number, fresh[fresh >= spans[-1].stop][-self.probe_queries :], spans))
-            again = int(np.count_nonzero(layout.positions[fresh] < plan.prefix))
-            self.work[number] += (len(asked[-1][1]) + again) * self.layers
-        self.head = np.concatenate([*head, self.head])
-        rows = np.sort(np.concatenate([self.head, *(queries for _, queries, _ in asked)]))
-        in_chunk = np.zeros(len(layout.positions), dtype=bool)
-        prefixes = np.array(list(self.batch.extend_prefix_lens_cpu or ()))
-        in_chunk[:] = layout.positions >= prefixes[layout.owner]
-        missing = layout.fresh & in_chunk
-        missing[rows] = False
-        probes = [self._probe_rows(rows, queries, spans, missing) for _, queries, spans in asked]
-        self.asked = [number for number, _, _ in asked]
-        if probes:
-            self.backend.probe = AttentionProbe(probes, self.layers)
-        return rows, self._attend(rows, missing)
-
-    def _probe_rows(self, rows: np.ndarray, queries: np.ndarray, spans: list[Span], missing: np.ndarray) -> ProbeRows:
-        layout = self.layout
-        request = int(layout.owner[queries[0]])
-        positions = layout.positions[queries]
-        keys = layout.keys(request, int(positions[-1]) + 1, missing)
-        slots = layout.slots[request][layout.tensor(keys)]
-        wanted = np.concatenate([s.positions for s in spans])
-        return plan_probe(np.searchsorted(rows, queries), positions, keys, slots, wanted)
-
-    def _attend(self, rows: np.ndarray, missing: np.ndarray | None = None) -> AttentionPlan:
+    def _stage(self, rows: np.ndarray, missing: np.ndarray | None = None) -> Stage:
         sequences = self.layout.sequences(rows, missing)
-        return plan_attention(sequences, dtype=self.runner.dtype, device=self.layout.device)
+        attention = plan_attention(sequences, dtype=self.runner.dtype, device=self.layout.device)
+        return Stage(self.runner.model, self.layout, self.backend, rows, attention)
 
     def _rows_with_logits(self) -> np.ndarray:
         """Each request's last row, and those whose prompt logprobs are asked for; fresh in every stage."""
@@ -153,7 +115,10 @@ class StagedForward:
             lens = np.array(batch.extend_seq_lens_cpu)
             counts = np.maximum(counts, lens - np.array(batch.extend_logprob_start_lens_cpu))
         ends = layout.starts[1:]
-        return np.concatenate([np.arange(end - count, end) for end, count in zip(ends, counts, strict=True)])
+        rows = np.concatenate([np.arange(end - count, end) for end, count in zip(ends, counts, strict=True)])
+        if not layout.fresh[rows].all():
+            raise Decline("input_logprobs", "prompt logprobs inside a reused segment")
+        return rows
 
     # ------------------------------------------------------------------ run
 
@@ -209,10 +174,9 @@ class StagedForward:
     def _run_probed(self, relay: RelayManager) -> Any:
         if len(self.first.rows):
             self.first.keys_and_values(0, self.layers - 1)
-        probe, signals = self.backend.probe, self._attention_scores()
+        signals = self._attention_scores()
         self.backend.probe = None
-        assert (probe is None) == (not self.asked)
-        rest = np.setdiff1d(self.fresh, self.head)
+        rest = np.setdiff1d(self.fresh, self.probing.head)
         (stage,) = self._next(relay, None, lambda: [self._with_selected(rest, signals)])
         return self._finish(relay, stage, 0)
 
@@ -234,9 +198,8 @@ class StagedForward:
         if self.backend.failure is None:
             try:
                 for active in rows():
-                    stage = Stage(self.runner.model, self.layout, self.backend, active, self._attend(active))
+                    stages.append(self._stage(active))
                     digest = (digest * 31 + int(np.dot(active, np.arange(1, len(active) + 1)))) % (1 << 61)
-                    stages.append(stage)
             except Exception as error:
                 failure = relay.failure("select", error)
         self._agree(relay, failure, digest)
@@ -277,10 +240,10 @@ class StagedForward:
 
         A collective, as ``_deviations``."""
         signals: list[torch.Tensor | None] = [None] * len(self.plans)
-        probe = self.backend.probe
-        if probe is not None:
-            packed = _sum_over_ranks(torch.cat(probe.score))
-            for number, part in zip(self.asked, packed.split([s.numel() for s in probe.score]), strict=True):
+        scores = [] if self.backend.probe is None else self.backend.probe.score
+        if scores:
+            parts = _sum_over_ranks(torch.cat(scores)).split([s.numel() for s in scores])
+            for (number, _), part in zip(self.probing.asked, parts, strict=True):
                 signals[number] = part
         return signals
 

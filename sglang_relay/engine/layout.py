@@ -60,7 +60,8 @@ class Span:
 class Layout:
     """positions, owner: int64 numpy [rows], prompt position and request of each row. starts: int64 [requests + 1], rows
     of each request. input_ids, out_loc: tensors [rows]. spans: reused tokens, by plan and position. fresh: bool [rows],
-    tokens that no donor holds. slots: per request, int64 [stop], the KV slot of each position.
+    tokens that no donor holds. prefixes: int64 [requests], where each request's chunk begins. slots: per request, int64
+    [stop], the KV slot of each position.
 
     Raises Decline when the batch is not what was planned.
     """
@@ -74,6 +75,7 @@ class Layout:
         lens, prefixes = list(batch.extend_seq_lens_cpu), list(batch.extend_prefix_lens_cpu or ())
         if len(lens) != batch.batch_size or len(prefixes) != len(lens) or sum(lens) != batch.input_ids.shape[0]:
             raise Decline("unexpected_batch_shape", f"{lens} {prefixes} {tuple(batch.input_ids.shape)}")
+        self.prefixes = np.array(prefixes, dtype=np.int64)
         firsts = list(prefixes)
         for plan in plans:
             if prefixes[plan.row] != plan.prefix or lens[plan.row] != plan.stop - plan.prefix:

@@ -16,17 +16,18 @@ from sglang.srt.managers.schedule_batch import FINISH_ABORT
 from sglang_relay.breaker import Band
 from sglang_relay.budget import Budget
 from sglang_relay.config import RelayConfig
-from sglang_relay.engine.accounting import begin_chunk, chunk_end, computed_spans, count_chunk, count_fallback
+from sglang_relay.engine.accounting import begin_chunk, computed_spans, count_chunk, count_fallback
 from sglang_relay.engine.audit import BREAKER_OPEN, Auditor
 from sglang_relay.engine.consensus import Consensus, digest_of
 from sglang_relay.engine.donors import EXACT_PREFIX, Donors, Held, tokens_of
 from sglang_relay.engine.guards import batch_reason, request_reason
 from sglang_relay.engine.matching import Matcher
 from sglang_relay.engine.namespaces import Namespaces, Tenant
+from sglang_relay.engine.planning import Planner
 from sglang_relay.engine.report import REPORT_KEY, Stats
 from sglang_relay.engine.requests import Controls, RelayRequest, new_report, read_controls, relay_of
 from sglang_relay.index import ContentIndex, DepthMap
-from sglang_relay.plan import Candidate, Decline, Pending, Placed, RelayPlan, Segment
+from sglang_relay.plan import Candidate, Decline, Placed, RelayPlan
 from sglang_relay.policies import Policy, make_policies
 
 if TYPE_CHECKING:
@@ -83,7 +84,6 @@ class RelayManager:
         self.consensus = consensus
         self.isolated = isolated
         self.unsupported = unsupported
-        self.pool_slots = pool_slots
         self.namespaces = Namespaces(secret)
         self.stats = Stats()
         self.index = ContentIndex(
@@ -107,6 +107,7 @@ class RelayManager:
             self._policies[name].default_budget = budget
         self.auditor = Auditor(consensus, band_of, config.audit_every, base)
         self._logged: set[str] = set()
+        self.planner = Planner(tree, self.donors, self._policies, pool_slots)
         self._outstanding: BatchPlan | None = None
 
     @property
@@ -226,9 +227,12 @@ class RelayManager:
         if self._outstanding is not None:
             self.donors.release(self._outstanding.held)
         states = [relay_of(r) for r in batch.reqs]
-        for req, state in zip(batch.reqs, states, strict=True):
-            if state is not None:
-                begin_chunk(req, state, self.depths)
+        try:
+            for req, state in zip(batch.reqs, states, strict=True):
+                if state is not None:
+                    begin_chunk(req, state, self.depths)
+        except Exception as error:
+            self.failure("report", error)
         planned = self._agreed_plan(batch, states) if any(s is not None and s.relays for s in states) else None
         try:
             self._count(batch, states, planned)
@@ -282,66 +286,8 @@ class RelayManager:
         return [] if planned.policy.exact else self.auditor.choose(planned.plans, of_plans)
 
     def _plan(self, batch: ScheduleBatch, states: list[RelayRequest | None]) -> BatchPlan | None:
-        policy: Policy | None = None
-        plans: list[RelayPlan] = []
-        held: list[Held] = []
-        try:
-            for row, (req, state) in enumerate(zip(batch.reqs, states, strict=True)):
-                if state is None or not state.relays or not (state.pieces or state.placed):
-                    continue
-                if policy is not None and self.policy_of(state) is not policy:
-                    self._decline(state, "other_policy_in_batch")
-                    continue
-                plan = self._plan_request(row, req, state, held)
-                if plan.segments or plan.pending is not None:
-                    policy = self.policy_of(state)
-                    plan.check(self.pool_slots)
-                    plans.append(plan)
-            if policy is None:
-                return None
-            self._check_memory(batch)
-        except BaseException:
-            self.donors.release(held)
-            raise
-        return BatchPlan(policy, plans, list(batch.reqs), held)
-
-    def _plan_request(self, row: int, req: Req, state: RelayRequest, held: list[Held]) -> RelayPlan:
-        stop, tokens = chunk_end(req), tokens_of(req)
-        last, pending = stop == len(tokens), None
-        if last and state.pending is not None:
-            pending = Pending(state.pending, tuple(state.placed), tokens[state.pending : req.prefix_len])
-        segments = tuple(self._segments(req, state, held))
-        return RelayPlan(row, req.prefix_len, stop, segments, state.controls.budget, last, pending)
-
-    def _segments(self, req: Req, state: RelayRequest, held: list[Held]) -> list[Segment]:
-        segments: list[Segment] = []
-        # The chunk's last row stays fresh: the logits processor reads it.
-        low, high = req.prefix_len, chunk_end(req) - 1
-        heads: dict[int, Candidate] = {}
-        for piece in state.pieces:
-            head = heads.setdefault(piece.donor, piece)
-            if piece.source < head.source:  # told in another order: a text of its own
-                head = heads[piece.donor] = piece
-            part = piece.clip(low, high)
-            exact = piece.donor == EXACT_PREFIX
-            if part.stop <= part.start or (exact and part.start != low):
-                continue  # an exact prefix that is not continued from its start is no prefix any more
-            found = self.donors.hold(req, state.prefix_key if exact else None, part)
-            if found is None:
-                continue
-            held.append(found)
-            stop = part.start + found.slots.numel()
-            index = part.source - head.source
-            segments.append(Segment(part.start, stop, part.source, piece.depth, found.slots, exact, piece.stop, index))
-        return segments
-
-    def _check_memory(self, batch: ScheduleBatch) -> None:
-        """Admission counted the donors as evictable; locked, they may no longer leave room for the batch."""
-        allocator = self.tree.token_to_kv_pool_allocator
-        page = allocator.page_size
-        need = sum(-(-r.extend_len // page) * page + page for r in batch.reqs)
-        if allocator.available_size() + self.tree.evictable_size() < need:
-            raise Decline("pool_pressure", "locked donors would leave no room for the batch")
+        made = self.planner.plan(batch, states, self._decline)
+        return None if made is None else BatchPlan(made.policy, made.plans, list(batch.reqs), made.held)
 
     # ------------------------------------------------------------------ run
 
@@ -389,7 +335,10 @@ class RelayManager:
     def record_audits(self, planned: BatchPlan, measured: Callable[[], list[float]]) -> None:
         """The exact answer of an audited batch is served; ``measured`` says how far the relayed one was from it."""
         states = [s for i in planned.audits if (s := relay_of(planned.reqs[planned.plans[i].row])) is not None]
-        self.auditor.record(states, measured)
+        try:
+            self.auditor.record(states, measured)
+        except Exception as error:
+            self.failure("audit", error)
         self.stats.audit(len(states))
 
     def count_work(self, planned: BatchPlan, work: list[Work]) -> None:

@@ -24,7 +24,6 @@ from sglang.srt.runtime_context import get_model
 from sglang_relay.attention import AttentionPlan
 from sglang_relay.engine.backend import LayerDone, RelayAttentionBackend
 from sglang_relay.engine.layout import Layout
-from sglang_relay.plan import Decline
 
 if TYPE_CHECKING:
     from sglang.srt.model_executor.forward_batch_info import ForwardBatch
@@ -54,7 +53,7 @@ class Stage:
         lens = layout.per_request(self.rows)
         lens_cpu = lens.tolist()
         starts = None
-        if full.extend_logprob_start_lens_cpu is not None:
+        if full.return_logprob and full.extend_logprob_start_lens_cpu is not None:
             # Logprob rows are counted from a chunk's end, and the rows they need are fresh in every stage.
             old = zip(full.extend_seq_lens_cpu or (), full.extend_logprob_start_lens_cpu, lens_cpu, strict=True)
             starts = [now - (n - start) for n, start, now in old]
@@ -103,28 +102,22 @@ class Stage:
 
     def layers(self, start: int, stop: int) -> Any:
         """Run layers ``[start, stop)``; the logits output when ``stop`` is the number of layers, else None."""
-        starts = self._batch.extend_logprob_start_lens_cpu
-        if starts is not None and min(starts) < 0:
-            raise Decline("input_logprobs", "prompt logprobs inside a reused segment")
-        return self._run(start, stop)
+        self._backend.stage = self._attention
+        batch = self._batch
+        with (
+            get_model().override(shared_experts=self._model.shared_experts_config),
+            forward_context(ForwardContext(attn_backend=self._backend), forward_batch=batch),
+        ):
+            return self._model.forward_split_prefill(batch.input_ids, batch.positions, batch, (start, stop))
 
     def keys_and_values(self, start: int, layer: int) -> None:
         """Run layers ``[start, layer)`` whole and, of ``layer``, what makes K and V and what the probe measures: no
         attention, no feed-forward, no logits. The rows end here."""
         self._backend.last_of_rows = layer
         try:
-            self._run(start, layer + 1)
+            self.layers(start, layer + 1)
         except LayerDone:
             return
         finally:
             self._backend.last_of_rows = None
         raise RuntimeError(f"layer {layer} ran without the relay's attention")
-
-    def _run(self, start: int, stop: int) -> Any:
-        batch = self._batch
-        self._backend.stage = self._attention
-        with (
-            get_model().override(shared_experts=self._model.shared_experts_config),
-            forward_context(ForwardContext(attn_backend=self._backend), forward_batch=batch),
-        ):
-            return self._model.forward_split_prefill(batch.input_ids, batch.positions, batch, (start, stop))

@@ -1,0 +1,102 @@
+"""Plans of one batch: segments inside each chunk, their donors locked, nothing that does not fit the memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, NamedTuple
+
+from sglang_relay.engine.accounting import chunk_end
+from sglang_relay.engine.donors import EXACT_PREFIX, Donors, Held, tokens_of
+from sglang_relay.engine.requests import RelayRequest
+from sglang_relay.plan import Candidate, Decline, Pending, RelayPlan, Segment
+from sglang_relay.policies import Policy
+
+if TYPE_CHECKING:
+    from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
+
+    from sglang_relay.engine.tree import RelayCache
+
+
+class Plans(NamedTuple):
+    """One policy, a plan per request that relays, and the locks on their donors."""
+
+    policy: Policy
+    plans: list[RelayPlan]
+    held: list[Held]
+
+
+class Planner:
+    def __init__(self, tree: RelayCache, donors: Donors, policies: dict[str, Policy], pool_slots: int) -> None:
+        self._tree = tree
+        self._donors = donors
+        self._policies = policies
+        self._pool_slots = pool_slots
+
+    def plan(
+        self,
+        batch: ScheduleBatch,
+        states: list[RelayRequest | None],
+        decline: Callable[[RelayRequest, str], None],
+    ) -> Plans | None:
+        """None when nothing is reused. decline: called for requests that this batch leaves out. Raises Decline."""
+        policy: Policy | None = None
+        plans: list[RelayPlan] = []
+        held: list[Held] = []
+        try:
+            for row, (req, state) in enumerate(zip(batch.reqs, states, strict=True)):
+                if state is None or not state.relays or not (state.pieces or state.placed):
+                    continue
+                own = self._policies[state.controls.policy]
+                if policy is not None and own is not policy:
+                    decline(state, "other_policy_in_batch")
+                    continue
+                plan = self._plan(row, req, state, held)
+                if plan.segments or plan.pending is not None:
+                    policy = own
+                    plan.check(self._pool_slots)
+                    plans.append(plan)
+            if policy is None:
+                return None
+            self._check_memory(batch)
+        except BaseException:
+            self._donors.release(held)
+            raise
+        return Plans(policy, plans, held)
+
+    def _plan(self, row: int, req: Req, state: RelayRequest, held: list[Held]) -> RelayPlan:
+        stop, tokens = chunk_end(req), tokens_of(req)
+        last, pending = stop == len(tokens), None
+        if last and state.pending is not None:
+            pending = Pending(state.pending, tuple(state.placed), tokens[state.pending : req.prefix_len])
+        segments = tuple(self._segments(req, state, held))
+        return RelayPlan(row, req.prefix_len, stop, segments, state.controls.budget, last, pending)
+
+    def _segments(self, req: Req, state: RelayRequest, held: list[Held]) -> list[Segment]:
+        segments: list[Segment] = []
+        # The chunk's last row stays fresh: the logits processor reads it.
+        low, high = req.prefix_len, chunk_end(req) - 1
+        heads: dict[int, Candidate] = {}
+        for piece in state.pieces:
+            head = heads.setdefault(piece.donor, piece)
+            if piece.source < head.source:  # told in another order: a text of its own
+                head = heads[piece.donor] = piece
+            part = piece.clip(low, high)
+            exact = piece.donor == EXACT_PREFIX
+            if part.stop <= part.start or (exact and part.start != low):
+                continue  # an exact prefix that is not continued from its start is no prefix any more
+            found = self._donors.hold(req, state.prefix_key if exact else None, part)
+            if found is None:
+                continue
+            held.append(found)
+            stop = part.start + found.slots.numel()
+            index = part.source - head.source
+            segments.append(Segment(part.start, stop, part.source, piece.depth, found.slots, exact, piece.stop, index))
+        return segments
+
+    def _check_memory(self, batch: ScheduleBatch) -> None:
+        """Admission counted the donors as evictable; locked, they may no longer leave room for the batch."""
+        allocator = self._tree.token_to_kv_pool_allocator
+        page = allocator.page_size
+        need = sum(-(-r.extend_len // page) * page + page for r in batch.reqs)
+        if allocator.available_size() + self._tree.evictable_size() < need:
+            raise Decline("pool_pressure", "locked donors would leave no room for the batch")
