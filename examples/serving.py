@@ -63,7 +63,9 @@ def _checkpoint(model: str) -> str:
 def _own_server(model: str) -> Iterator[str]:
     """A stock SGLang server with the relay extension on a free port."""
     with contextlib.ExitStack() as stack:
-        own = Server(model, "--radix-cache-backend", "relay", timeout=START_LIMIT_S, progress=_tell)
+        # Without audits: an audited request is served exactly, which is not what the examples show.
+        relay = ("--radix-cache-backend", "relay", "--relay-audit-every", 0)
+        own = Server(model, *relay, timeout=START_LIMIT_S, progress=_tell)
         say(f"starting the server: {own.command}")
         try:
             stack.enter_context(own)

@@ -128,6 +128,43 @@ def _corrupt_slots(scheduler: Any) -> Any:
     return tree, "path_device_indices", beyond_the_pool
 
 
+def _wrong_rotation() -> Any:
+    """Keys turned 37 positions too far."""
+    from sglang_relay.rotary import DeltaRotary
+
+    original = DeltaRotary.factors
+
+    def factors(self: Any, source: Any, target: Any) -> Any:
+        return original(self, source, (target + 37).clamp_max(self.positions - 1))
+
+    return DeltaRotary, "factors", factors
+
+
+def _stale_donor(scheduler: Any) -> Any:
+    """The slots of other tokens, as if the donor had been evicted and its slots given to someone else."""
+    tree = scheduler.tree_cache
+    original = tree.path_device_indices
+
+    def moved(*args: Any, **kwargs: Any) -> Any:
+        return original(*args, **kwargs).roll(61)
+
+    return tree, "path_device_indices", moved
+
+
+def _corrupt_copy() -> Any:
+    """Every fourth placed token gets the values of the first one, ten times as large."""
+    from sglang_relay.engine import forward
+
+    original = forward.realign
+
+    def corrupting(keys: Any, values: Any, source: Any, target: Any, *args: Any, **kwargs: Any) -> Any:
+        original(keys, values, source, target, *args, **kwargs)
+        for buffer in values:
+            buffer[target[::4]] = 10 * buffer[target[:1]]
+
+    return forward, "realign", corrupting
+
+
 def _places(scheduler: Any) -> dict[str, Any]:
     from sglang_relay import index
     from sglang_relay.engine import backend, forward, manager, stage
@@ -146,6 +183,9 @@ def _places(scheduler: Any) -> dict[str, Any]:
         "select": (Probe, "select", _raising),
         "learn": (index.ContentIndex, "learn", _raising),
         "slots": _corrupt_slots(scheduler),
+        "rotation": _wrong_rotation(),
+        "stale": _stale_donor(scheduler),
+        "corrupt": _corrupt_copy(),
     }
 
 

@@ -1,0 +1,130 @@
+"""Live audits on a real server: who is served the exact answer, and when relay is switched off."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from plugins import Inspector
+from transformers import AutoTokenizer
+
+from sglang_relay.engine.audit import divergence
+from sglang_relay.fetch_model import ensure_model
+from sglang_relay.measure.server import Server
+
+SOUND = 24
+"""Audits of a sound tier before a fault is injected."""
+ROLES = ("a council member", "an engineer", "a teacher", "a reporter", "a treasurer", "a shopkeeper", "a nurse")
+RULES = ("Be brief.", "Prefer figures.", "Name the gaps first.", "Quote the text.", "Think of the cost.", "Be kind.")
+
+
+class World:
+    """A server on which every request that can be audited is, and a text that another agent wrote."""
+
+    def __init__(self, server: Server, encode: Any) -> None:
+        self.server = server
+        self._encode = encode
+        task = "<|im_start|>user\nHow can a town protect its harbour from floods?<|im_end|>\n<|im_start|>assistant\n"
+        self.text: list[int] = self.ask(encode(task), 192, relay="exact", relay_donate="output")["output_ids"]
+
+    def ask(self, prompt: list[int], new: int = 1, fields: dict[str, Any] | None = None, **custom: Any) -> Any:
+        return self.server.generate(prompt, max_new_tokens=new, ignore_eos=True, custom_params=custom, fields=fields)
+
+    def prompt(self, rng: random.Random) -> list[int]:
+        """A new head each time, from its first token on; the text; a short question."""
+        rules = " ".join(rng.sample(RULES, 4))
+        head = f"<|im_start|>system\n[{rng.randrange(10**6)}] You are {rng.choice(ROLES)}. {rules}<|im_end|>\n"
+        question = "\nWhat comes first?<|im_end|>\n<|im_start|>assistant\n"
+        return [
+            rng.randrange(1000, 40_000),
+            *self._encode(head + "<|im_start|>user\n"),
+            *self.text,
+            *self._encode(question),
+        ]
+
+    def report(self, prompt: list[int], **custom: Any) -> dict[str, Any]:
+        return self.ask(prompt, **custom)["meta_info"]["relay"]
+
+    def breaker(self, tier: str) -> dict[str, Any]:
+        (internal,) = self.server.get("/server_info")["internal_states"]
+        return internal["relay"]["audit"][tier]
+
+
+@pytest.fixture(scope="module")
+def inspector(tmp_path_factory: pytest.TempPathFactory) -> Inspector:
+    return Inspector(tmp_path_factory.mktemp("inspector"))
+
+
+@pytest.fixture(scope="module")
+def world(inspector: Inspector) -> Iterator[World]:
+    model = ensure_model("smollm2-135m")
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    env = {**inspector.env, "SGLANG_RELAY_AUDIT_EVERY": "1", "SGLANG_RELAY_DONATE": "none"}
+    args = ("--radix-cache-backend", "relay", "--chunked-prefill-size", 320, "--max-total-tokens", 65_536)
+    with Server(model, *args, env=env) as server:
+        yield World(server, lambda text: tokenizer.encode(text, add_special_tokens=False))
+
+
+@pytest.fixture
+def rng(request: pytest.FixtureRequest) -> random.Random:
+    return random.Random(request.node.name)
+
+
+def test_an_audited_request_is_served_exactly(world: World, rng: random.Random) -> None:
+    """To the bit, as the stock forward of the same prompt."""
+    prompt, fields = world.prompt(rng), {"return_logprob": True, "top_logprobs_num": 5}
+    audited = world.ask(prompt, 4, fields, relay_policy="rotate")["meta_info"]
+    exact = world.ask(prompt, 4, fields, relay="off")["meta_info"]
+    report = audited["relay"]
+    assert report["declined"] == "audited" and report["depth"] == 0, report
+    assert (report["relayed"], report["recomputed"], report["segments"]) == (0, 0, 0), report
+    assert report["exact"] + report["fresh"] == len(prompt)
+    for field in ("output_token_logprobs", "output_top_logprobs"):
+        assert audited[field] == exact[field]
+
+
+def test_a_prompt_of_several_chunks_is_not_audited(world: World, rng: random.Random) -> None:
+    prompt = [*world.prompt(rng), *(rng.randrange(1000, 40_000) for _ in range(400)), *world.prompt(rng)]
+    report = world.report(prompt, relay_policy="legolink", relay_budget=4096)
+    assert report["declined"] is None and report["recomputed"] > 300, report
+
+
+@pytest.mark.parametrize(("fault", "budget"), [("rotation", 0.3), ("stale", 0.31), ("corrupt", 0.32)])
+def test_a_fault_is_caught_and_the_server_goes_on(
+    world: World, inspector: Inspector, rng: random.Random, fault: str, budget: float
+) -> None:
+    params, tier = {"relay_policy": "probe", "relay_budget": budget}, f"probe@{budget:g}"
+    for _ in range(SOUND):
+        assert world.report(world.prompt(rng), **params)["declined"] == "audited"
+    before = world.breaker(tier)
+    assert (before["closed"], before["trips"], before["audits"]) == (1, 0, SOUND), before
+    inspector.break_(world.server, fault)
+    try:
+        declined: list[str] = []
+        while len(declined) <= 64 and "breaker_open" not in declined:
+            declined.append(world.report(world.prompt(rng), **params)["declined"])
+    finally:
+        inspector.break_(world.server, None)
+    state = world.breaker(tier)
+    assert declined[-1] == "breaker_open" and set(declined) == {"audited", "breaker_open"}
+    assert state["open"] == 1 and state["trips"] == 1, state
+    print(f"{fault}: caught after {len(declined) - 1} audits")
+    assert "band 0.1 (default, no certificate)" in state["reason"], state
+    assert f"relay: {tier} is open" in world.server.log()
+    prompt = world.prompt(rng)
+    stock = world.ask(prompt, 4, **params)
+    assert stock["meta_info"]["relay"]["declined"] == "breaker_open"
+    assert stock["output_ids"] == world.ask(prompt, 4, relay="off")["output_ids"]
+    assert world.report(world.prompt(rng), relay_policy="cacheblend")["declined"] == "audited", "other tiers go on"
+
+
+def test_divergence() -> None:
+    exact = torch.tensor([[0.0, 0.0], [2.0, 0.0]])
+    relayed = torch.tensor([[0.0, 0.0], [0.0, 0.0]])
+    p = 1 / (1 + torch.exp(torch.tensor(-2.0)))
+    want = float(p * torch.log(2 * p) + (1 - p) * torch.log(2 * (1 - p)))
+    assert divergence(relayed, exact) == pytest.approx([0.0, want], abs=1e-6)
+    assert divergence(torch.tensor([[float("nan"), 0.0]]), exact[:1]) == pytest.approx([float("nan")], nan_ok=True)
