@@ -166,12 +166,17 @@ def _check(
     sin: Tensor,
     rotary_dim: int,
 ) -> None:
+    check_factors(source_slots, target_slots, cos, sin, rotary_dim)
+    if len(k_buffers) != len(v_buffers):
+        raise ValueError(f"{len(k_buffers)} K buffers, {len(v_buffers)} V buffers")
+    if any(k.shape[1:] != k_buffers[0].shape[1:] or k.shape[-1] < rotary_dim for k in k_buffers):
+        raise ValueError(f"K buffers must share [kv_heads, head_dim] with head_dim >= {rotary_dim}")
+
+
+def check_factors(source_slots: Tensor, target_slots: Tensor, cos: Tensor, sin: Tensor, rotary_dim: int) -> None:
+    """ValueError unless slots are int64 [n] and the factors fp32 [n, rotary_dim / 2]."""
     n = source_slots.shape[0]
     if source_slots.dtype != torch.int64 or target_slots.dtype != torch.int64 or target_slots.shape != (n,):
         raise ValueError(f"slots must be int64 [n]: {source_slots.shape} {target_slots.shape} {source_slots.dtype}")
     if cos.shape != (n, rotary_dim // 2) or sin.shape != cos.shape or cos.dtype != torch.float32:
         raise ValueError(f"cos and sin must be fp32 [{n}, {rotary_dim // 2}]: {cos.shape} {sin.shape} {cos.dtype}")
-    if len(k_buffers) != len(v_buffers):
-        raise ValueError(f"{len(k_buffers)} K buffers, {len(v_buffers)} V buffers")
-    if any(k.shape[1:] != k_buffers[0].shape[1:] or k.shape[-1] < rotary_dim for k in k_buffers):
-        raise ValueError(f"K buffers must share [kv_heads, head_dim] with head_dim >= {rotary_dim}")
