@@ -23,9 +23,12 @@ setup(
     extras_require={
         # gguf: reads and independently unpacks the GGUF weights that `fetch-model` converts.
         "models": ["gguf>=0.19"],
+        # Pictures of `sglang-relay profile` and of the benches.
+        "plot": ["matplotlib>=3.9"],
         "dev": [
             "gguf>=0.19",
             "hypothesis>=6.150",
+            "matplotlib>=3.9",
             "pyright==1.1.414",
             "pytest>=9",
             "pytest-xdist>=3.6",

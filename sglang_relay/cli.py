@@ -13,7 +13,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_doctor(commands)
     _add_fetch_model(commands)
-    args = parser.parse_args(argv)
+    _add_profile(commands)
+    args, rest = parser.parse_known_args(argv)
+    if rest and not hasattr(args, "server_args"):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    args.server_args = rest
     return args.run(args)
 
 
@@ -90,6 +94,60 @@ def _fetch_model(args: argparse.Namespace) -> int:
         return 1
     print(target)
     return 0
+
+
+def _add_profile(commands: Any) -> None:
+    parser = commands.add_parser(
+        "profile",
+        allow_abbrev=False,
+        usage="sglang-relay profile MODEL [--data FILE] [--cases N] [--out DIR] [SERVER FLAGS]",
+        help="find the layer range of a model, and where its reused values deviate",
+        description="Start a private server, let agents write texts, and compare the values that they have of these "
+        "texts with those of a full prefill. Writes profile.json, profile.txt and, with matplotlib, profile.png. Flags "
+        "that are not listed here go to the server, e.g. --dtype float16.",
+    )
+    parser.add_argument(
+        "model", metavar="MODEL", help="a checkpoint folder, a model of fetch-model, or a name on the Hub"
+    )
+    parser.add_argument(
+        "--data", type=Path, metavar="FILE", help='JSONL: {"role": ..., "task": ...}, perhaps "reader" and "question"'
+    )
+    parser.add_argument("--cases", type=int, metavar="N", help="only the first N tasks")
+    parser.add_argument(
+        "--out", type=Path, metavar="DIR", help="default: sglang-relay/profiles in the user's cache folder"
+    )
+    parser.set_defaults(run=_profile, server_args=[])
+
+
+def _profile(args: argparse.Namespace) -> int:
+    from sglang_relay.fetch_model import ensure_model
+    from sglang_relay.identity import IdentityError, user_cache
+    from sglang_relay.measure.server import ServerError
+    from sglang_relay.models.sources import SOURCES, ModelError
+    from sglang_relay.profile import picture, run
+    from sglang_relay.profile.file import ProfileError
+
+    try:
+        known = args.model in SOURCES and not Path(args.model).is_dir()
+        model = ensure_model(args.model) if known else args.model
+        found = run.profile(model, data=args.data, cases=args.cases, server_args=args.server_args, progress=_say)
+        out = args.out or user_cache("profiles", found.identity.weights.rpartition(":")[2][:24])
+        found.save(out / "profile.json")
+        (out / "profile.txt").write_text(picture.table(found) + "\n", encoding="utf-8")
+    except (ModelError, IdentityError, ProfileError, ServerError, OSError) as error:
+        print(f"sglang-relay profile: {error}", file=sys.stderr)
+        return 1
+    try:
+        picture.draw(found, out / "profile.png")
+    except ProfileError as error:
+        _say(f"profile.png is not written: {error}")
+    print(picture.table(found))
+    print(out)
+    return 0
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

@@ -9,13 +9,14 @@ from typing import Any
 from sglang_relay.breaker import Verdict
 from sglang_relay.budget import Budget, parse_budget
 from sglang_relay.config import POLICIES, RelayConfig
+from sglang_relay.engine.capture import capture_name
 from sglang_relay.engine.namespaces import Tenant
 from sglang_relay.plan import Candidate, Decline, Placed
 from sglang_relay.policies import Policy
 
 _MODES = ("on", "off", "exact")
 _DONATE = ("output", "all", "none")
-_KEYS = ("relay", "relay_policy", "relay_budget", "relay_donate", "relay_scope")
+_KEYS = ("relay", "relay_policy", "relay_budget", "relay_donate", "relay_scope", "relay_capture")
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +41,7 @@ def read_controls(params: Mapping[str, Any] | None, config: RelayConfig, policie
     given = {k: v for k, v in (params or {}).items() if isinstance(k, str) and k.startswith("relay") and v is not None}
     if unknown := sorted(set(given) - set(_KEYS)):
         raise Decline("bad_custom_params", f"unknown {', '.join(unknown)}; allowed are {', '.join(_KEYS)}")
+    capture_name(given)
     name = _choice(given, "relay_policy", config.policy, POLICIES)
     scope = given.get("relay_scope")
     if scope is not None and not (isinstance(scope, str) and 0 < len(scope) <= 256):

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING
 
 from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
 
+from sglang_relay.engine.capture import Capture
 from sglang_relay.engine.requests import relay_of
 
 if TYPE_CHECKING:
     from sglang.srt.managers.schedule_batch import Req
+    from sglang.srt.mem_cache.cache_init_params import CacheInitParams
 
     from sglang_relay.engine.manager import RelayManager
 
@@ -23,7 +26,13 @@ class RelayCache(UnifiedRadixCache):
 
     relay: RelayManager | None = None
 
+    def __init__(self, params: CacheInitParams) -> None:
+        super().__init__(params)
+        self._capture = Capture.from_env(os.environ, params)
+
     def checkpoint_into_tree(self, req: Req, *, up_to: int, **kwargs) -> None:
+        if self._capture is not None and req.finished():
+            self._capture.take(req, up_to)  # before the insert, which may give slots up for the tree's own
         state = relay_of(req)
         if state is not None and state.pending is not None:
             # The insert continues what the request has locked, which ends at or before the first placed span.
