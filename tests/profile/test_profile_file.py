@@ -106,5 +106,5 @@ def test_the_picture_is_a_png_that_shows_the_profile(tmp_path: Path) -> None:
 def test_without_matplotlib_the_error_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("matplotlib", "matplotlib.colors"):
         monkeypatch.setitem(sys.modules, name, None)
-    with pytest.raises(ProfileError, match=r"pip install 'sglang-relay\[profile\]'"):
+    with pytest.raises(ProfileError, match=r"pip install 'sglang-relay\[plot\]'"):
         draw(PROFILE, tmp_path / "picture.png")
