@@ -64,7 +64,9 @@ def _own_server(model: str) -> Iterator[str]:
     """A stock SGLang server with the relay extension on a free port."""
     with contextlib.ExitStack() as stack:
         # Without audits: an audited request is served exactly, which is not what the examples show.
-        relay = ("--radix-cache-backend", "relay", "--relay-audit-every", 0)
+        # There is no certificate for the model, and the default budget is a cautious one; this one is for speed.
+        policy = ("--relay-policy", "probe", "--relay-budget", "fast")
+        relay = ("--radix-cache-backend", "relay", "--relay-audit-every", 0, *policy)
         own = Server(model, *relay, timeout=START_LIMIT_S, progress=_tell)
         say(f"starting the server: {own.command}")
         try:
