@@ -117,6 +117,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         "SGLANG_RELAY_SUFFIX": str(args.suffix),
         "SGLANG_RELAY_DONATE": "none",
         "SGLANG_RELAY_AUDIT_EVERY": "0",  # an audited request is served exactly, and takes both times
+        "SGLANG_RELAY_COST_MODEL": "false",  # what it would decline is measured, too
     }
     with ExitStack() as stack:
         stock = stack.enter_context(Server(model, *shared))

@@ -57,6 +57,7 @@ class RelayConfig:
     probe_queries: most of a prompt's last fresh tokens that look at the segments under ``probe``.
     route_above: a prompt with this many fresh tokens behind its last segment per reused token, or more, is prefilled in
     full under ``probe``, whose probe then costs about as much.
+    cost_model: whether a prompt is relayed only where that is predicted to save time (``cost.py``).
     default: what a request without ``custom_params.relay`` gets: ``on``, ``exact`` or ``off``.
     donate: what a finished request offers to others: its ``output``, ``all`` of its tokens, or ``none``.
     min_segment: shortest run of equal tokens, in tokens, that is reused.
@@ -77,6 +78,7 @@ class RelayConfig:
     budget: Budget | None = None
     probe_queries: int = 24
     route_above: float = 0.25
+    cost_model: bool = True
     default: str = "on"
     donate: str = "output"
     min_segment: int = 32
@@ -178,6 +180,12 @@ def _parse_budget(text: str) -> Budget | None:
     return None if text.lower() in ("", "none") else parse_budget(text)
 
 
+def _parse_switch(text: str) -> bool:
+    if text.lower() not in ("true", "false"):
+        raise ValueError(text)
+    return text.lower() == "true"
+
+
 def _parse_path(text: str) -> str | None:
     return None if text.lower() in ("", "none") else text
 
@@ -187,6 +195,7 @@ _PARSERS: dict[str, tuple[Callable[[str], Any], str]] = {
     "budget": (_parse_budget, f"{BUDGETS}, or none"),
     "route_above": (float, "a number"),
     "tau_dev": (float, "a number"),
+    "cost_model": (_parse_switch, "true or false"),
     "policy": (str, "a name"),
     "bound": (str, "floor or a number"),
     "certificate": (_parse_path, "a path"),

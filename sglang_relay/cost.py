@@ -178,7 +178,7 @@ class CostModel:
         row = _row(features)
         if _FASTEST <= seconds <= _SLOWEST and np.isfinite(row).all() and row.min() >= 0 and row.any():
             self._recent[features.path].append((self._seen, row, seconds))
-        return self._seen % PUBLISH_EVERY == 0 or self._seen in _EARLY
+        return publishes_at(self._seen)
 
     def publish(self) -> Coefficients:
         """Fit what was observed; decisions use the result from now on. Returns it for the other ranks."""
@@ -202,6 +202,11 @@ class CostModel:
         if len(values) != len(PRIOR) or not all(math.isfinite(v) and v >= 0 for v in values):
             raise ValueError(f"{values}: not {len(PRIOR)} finite coefficients >= 0")
         self._published = Coefficients(*values)
+
+
+def publishes_at(seen: int) -> bool:
+    """Whether it is time to publish after so many observed forwards."""
+    return seen % PUBLISH_EVERY == 0 or seen in _EARLY
 
 
 def fit(samples: Sequence[tuple[Features, float]]) -> Coefficients:

@@ -13,6 +13,8 @@ if not torch.cuda.is_available():
     os.environ.setdefault("SGLANG_PLATFORM", "relay_cpu")
 # An audited request is served exactly, and which ones are audited is random: tests of audits turn them on themselves.
 os.environ.setdefault("SGLANG_RELAY_AUDIT_EVERY", "0")
+# For the tests' tiny models relaying seldom saves time: tests of the cost model turn it on themselves.
+os.environ.setdefault("SGLANG_RELAY_COST_MODEL", "false")
 
 
 @pytest.fixture(autouse=True)

@@ -30,6 +30,7 @@ ALLOWED = {
     "budget": "share",
     "probe_queries": "number",
     "route_above": "number",
+    "cost_model": "true or false",
     "layer_range": "START,DETECT,END",
 }
 BAD_TEXT = [
@@ -51,6 +52,7 @@ BAD_TEXT = [
     *(("budget", text) for text in ("much", "coverage:1.5", "2.5", "coverage:")),
     *(("probe_queries", text) for text in ("", "0", "1025", "2.5")),
     *(("route_above", text) for text in ("", "-0.1", "nan", "inf")),
+    *(("cost_model", text) for text in ("", "0", "1", "on", "none")),
     *(("layer_range", text) for text in ("1,3", "1,3,5,7", "3,1,5", "1,5,3", "-1,3,5", "a,b,c", "1;3;5", "7")),
 ]
 BAD_JSON = [
@@ -68,6 +70,8 @@ BAD_JSON = [
     ("layer_range", [1, 2, "x"]),
     ("layer_range", {"start": 1}),
     ("window", "wide"),
+    ("cost_model", 1),
+    ("cost_model", None),
 ]
 GOOD = [
     ("policy", "full", "full"),
@@ -88,6 +92,8 @@ GOOD = [
     ("budget", "coverage:0.8", Budget("coverage", 0.8)),
     ("probe_queries", "8", 8),
     ("route_above", "0.5", 0.5),
+    ("cost_model", "false", False),
+    ("cost_model", "True", True),
     ("budget", "none", None),
     ("default", "exact", "exact"),
     ("donate", "all", "all"),

@@ -12,14 +12,33 @@ import msgspec
 
 from sglang_relay.breaker import UNCERTIFIED, Band
 from sglang_relay.budget import NAMED, Budget, parse_budget
-from sglang_relay.certificate import Certificate, CertificateError, default_directory, load_certificate, parse_bound
-from sglang_relay.config import ConfigError, RelayConfig
+from sglang_relay.certificate import (
+    Certificate,
+    CertificateError,
+    Setting,
+    default_directory,
+    load_certificate,
+    parse_bound,
+)
+from sglang_relay.config import ConfigError, LayerRange, RelayConfig, setting_names
 from sglang_relay.identity import IdentityError, checkpoint_folder, dtype_name, identify
 
 logger = logging.getLogger(__name__)
 
 CONSERVATIVE = ("probe", Budget("share", NAMED["careful"]))
 """Without a certificate (design: policy-study.md, "Defaults that follow")."""
+
+_SERVER = (
+    *("attention_backend", "prefill_attention_backend", "decode_attention_backend", "triton_attention_reduce_in_fp32"),
+    *("device", "tp_size", "ep_size", "moe_runner_backend", "model_impl", "json_model_override_args"),
+    *("page_size", "chunked_prefill_size", "enable_mixed_chunk", "enable_fp32_lm_head", "enable_tf32_matmul"),
+)
+"""Fields of sglang's ServerArgs that may change an answer; dtypes and versions are the identity's."""
+
+_ELSEWHERE = frozenset(
+    ("policy", "budget", "bound", "certificate", "audit_every", "cost_model", "default", "donate", "index_bytes")
+)
+"""Settings of the relay that change which requests are relayed under which policy, and not what a policy answers."""
 
 
 class Choice(NamedTuple):
@@ -29,9 +48,14 @@ class Choice(NamedTuple):
     budget: Budget | None
     why: str
 
+    @property
+    def tier(self) -> str | None:
+        """As in `requests.Controls.tier`."""
+        return self.policy if self.budget is None else f"{self.policy}@{self.budget}"
+
 
 def find_certificate(config: RelayConfig, args: Any) -> Certificate | None:
-    """The certificate for the model that ``args`` (sglang ServerArgs) serves.
+    """The certificate for the model that ``args`` (fields of sglang's ServerArgs, resolved) serves.
 
     A certificate that the operator names must fit: ConfigError otherwise, which ends the start-up. One that is merely
     found and does not fit is logged and left out.
@@ -52,6 +76,19 @@ def find_certificate(config: RelayConfig, args: Any) -> Certificate | None:
     if found is None and where is not None:
         raise ConfigError(f"certificate={config.certificate}: holds none for these weights")
     return found
+
+
+def settings_of(config: RelayConfig, layers: LayerRange, args: Any) -> dict[str, Setting]:
+    """What a certificate says of the server it was measured on, and is compared with at start-up. args: as above."""
+    own = {name: getattr(config, name) for name in setting_names() if name not in _ELSEWHERE} | {"layer_range": layers}
+    found = {name: getattr(args, name) for name in _SERVER} | {f"relay_{name}": value for name, value in own.items()}
+    return {name: v if v is None or isinstance(v, (bool, int, float, str)) else str(v) for name, v in found.items()}
+
+
+def warn_of_other_settings(certificate: Certificate | None, settings: dict[str, Setting]) -> None:
+    """Log what a certificate was measured with otherwise: its figures may not hold here."""
+    if certificate is not None and (other := certificate.differing_settings(settings)):
+        logger.warning("relay: the certificate of %s is of other settings: %s", certificate.made, "; ".join(other))
 
 
 def choose(config: RelayConfig, certificate: Certificate | None) -> Choice:

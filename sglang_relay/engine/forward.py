@@ -127,18 +127,10 @@ class StagedForward:
         """Copy donor K and V to the requests' own slots, keys turned to their new positions, in all layers."""
         if not self.placing:
             return
-        pool, layout = self.runner.token_to_kv_pool, self.layout
-        cos, sin = self.rotary.factors(self.source, self.target)
-        realign(
-            pool.k_buffer,
-            pool.v_buffer,
-            torch.cat([s.slots for s in self.placing if s.slots is not None]).to(layout.device),
-            layout.out_loc.index_select(0, layout.tensor(layout.rows_of(self.placing))).long(),
-            cos,
-            sin,
-            neox=self.rotary.neox,
-            rotary_dim=self.rotary.rotary_dim,
-        )
+        layout = self.layout
+        donors = torch.cat([s.slots for s in self.placing if s.slots is not None]).to(layout.device)
+        own = layout.out_loc.index_select(0, layout.tensor(layout.rows_of(self.placing))).long()
+        copy_turned(self.runner.token_to_kv_pool, self.rotary, donors, own, self.source, self.target)
 
     def run(self, relay: RelayManager) -> tuple[Any, list[Work]]:
         """Returns the logits output and what each plan's repair took.
@@ -275,6 +267,21 @@ class StagedForward:
         return PromptView(tuple(offsets.tolist()), tensor(index), tensor(left), signal)
 
 
+def copy_turned(
+    pool: Any,
+    rotary: DeltaRotary,
+    donors: torch.Tensor,
+    own: torch.Tensor,
+    source: torch.Tensor,
+    target: torch.Tensor,
+) -> None:
+    """Copy K and V of slots ``donors`` to slots ``own``, keys turned from positions ``source`` to ``target``, in all
+    layers; each int64 [n] on the pool's device."""
+    cos, sin = rotary.factors(source, target)
+    buffers = pool.k_buffer, pool.v_buffer
+    realign(*buffers, donors, own, cos, sin, neox=rotary.neox, rotary_dim=rotary.rotary_dim)
+
+
 def _sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
     group = get_parallel().tp_group
     return values if group.world_size == 1 else group.all_reduce(values)
@@ -311,6 +318,7 @@ def relay_forward(
     The stock forward writes K and V of every extended row itself, so whatever was placed before is overwritten.
     """
     began = time.perf_counter()
+    watch = None if relay.costs is None else relay.costs.start(runner.device)
     staged = StagedForward(runner, batch, planned, rotary, relay.config.probe_queries)
     reason, step = None, "prepare"
     try:
@@ -340,6 +348,8 @@ def relay_forward(
             relay.stats.place_seconds += placed - began
             relay.stats.forward_seconds += time.perf_counter() - placed
             relay.stats.batch()
+            if relay.costs is not None:
+                relay.costs.take_relayed(watch, batch, planned.policy, planned.plans, work)
             return ModelRunnerOutput(logits_output=logits, can_run_graph=False)
     planned.fell_back = reason or "ranks_disagree"
     relay.stats.fallback()

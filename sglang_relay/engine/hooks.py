@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import pkgutil
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -111,8 +112,12 @@ class SchedulerHooks:
 
     def forward(self, original: Callable[..., Any], runner: Any, batch: Any, *args: Any, **kwargs: Any) -> Any:
         planned = self._running
-        if planned is None or runner.is_draft_worker or self.rotary is None:
+        if runner.is_draft_worker or self.rotary is None:
             return original(runner, batch, *args, **kwargs)
+        if planned is None:
+            costs = self.relay.costs
+            run = original if costs is None else functools.partial(costs.time_stock, original)
+            return run(runner, batch, *args, **kwargs)
         self._running = None  # a failed relay forward calls the stock forward, which must not come back here
         return relay_forward(original, self.relay, self.rotary, planned, runner, batch, *args, **kwargs)
 

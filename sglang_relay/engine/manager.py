@@ -19,6 +19,7 @@ from sglang_relay.config import RelayConfig
 from sglang_relay.engine.accounting import begin_chunk, computed_spans, count_chunk, count_fallback
 from sglang_relay.engine.audit import BREAKER_OPEN, Auditor
 from sglang_relay.engine.consensus import Consensus, digest_of
+from sglang_relay.engine.costing import Costs
 from sglang_relay.engine.donors import EXACT_PREFIX, Donors, Held, tokens_of
 from sglang_relay.engine.guards import batch_reason, request_reason
 from sglang_relay.engine.matching import Matcher
@@ -71,6 +72,7 @@ class RelayManager:
         *,
         num_layers: int,
         pool_slots: int,
+        chunk: int | None,
         secret: str,
         base: int,
         isolated: bool,
@@ -78,7 +80,8 @@ class RelayManager:
         budgets: Mapping[str, Budget],
         band_of: Callable[[str], Band],
     ) -> None:
-        """``config.policy`` is a policy's name here; budgets: defaults of policies that differ from their own."""
+        """``config.policy`` is a policy's name here; budgets: defaults of policies that differ from their own; chunk:
+        most rows of a prefill forward, None without a limit."""
         self.config = config
         self.tree = tree
         self.consensus = consensus
@@ -99,7 +102,11 @@ class RelayManager:
         """Changes of the index so far: pieces chosen at an older count may have become better."""
         self._restarts = 0
         self.donors = Donors(tree, self.index)
-        self.matcher = Matcher(config, self.index, self.donors, self.depths, self.namespaces)
+        self.costs: Costs | None = None
+        if config.cost_model and not unsupported:
+            queries = config.probe_queries
+            self.costs = Costs(consensus, self.failure, layers=num_layers, chunk=chunk, probe_queries=queries)
+        self.matcher = Matcher(config, self.index, self.donors, self.depths, self.namespaces, self.costs)
         self.layers = config.resolve_layer_range(num_layers)
         self._num_layers = num_layers
         self._policies = make_policies(config, num_layers)

@@ -16,22 +16,33 @@ from sglang_relay.policies import Policy
 if TYPE_CHECKING:
     from sglang.srt.managers.schedule_batch import Req
 
+    from sglang_relay.engine.costing import Costs
     from sglang_relay.engine.requests import RelayRequest
 
 
 class Matcher:
+    """costs: None relays whatever is found."""
+
     def __init__(
-        self, config: RelayConfig, index: ContentIndex, donors: Donors, depths: DepthMap, namespaces: Namespaces
+        self,
+        config: RelayConfig,
+        index: ContentIndex,
+        donors: Donors,
+        depths: DepthMap,
+        namespaces: Namespaces,
+        costs: Costs | None,
     ) -> None:
         self._config = config
         self._index = index
         self._donors = donors
         self._depths = depths
         self._namespaces = namespaces
+        self._costs = costs
 
     def pieces(self, req: Req, state: RelayRequest, policy: Policy) -> list[Candidate]:
         """Disjoint pieces of ``req``'s prompt behind its cached prefix, sorted: first what another namespace adds to
-        that prefix exactly, then donors' runs, best first; none if the donors' share is below ``min_relayed``."""
+        that prefix exactly, then donors' runs, best first; none if the donors' share is below ``min_relayed``, and
+        neither if prefill is predicted to be faster."""
         tokens = tokens_of(req)
         start, stop = req.prefix_len, len(tokens) - 1
         if req.return_logprob and 0 <= req.logprob_start_len < len(req.origin_input_ids):
@@ -42,7 +53,20 @@ class Matcher:
         runs = self._index.match(state.tenant, tokens, begin)
         found = self._cover([Candidate(r.start, r.stop, r.donor, r.source, r.depth) for r in runs], begin, stop)
         state.shortfall = self._shortfall(found, len(tokens), policy)
-        return pieces if state.shortfall else pieces + found
+        if state.shortfall is None:
+            pieces += found
+        return pieces if self._costs is None else self._worthwhile(req, state, pieces, policy, self._costs)
+
+    def _worthwhile(
+        self, req: Req, state: RelayRequest, pieces: list[Candidate], policy: Policy, costs: Costs
+    ) -> list[Candidate]:
+        budget, stop = state.controls.budget, len(req.full_untruncated_fill_ids)
+        kept, predicted = costs.choose(req.rid, req.prefix_len, stop, pieces, policy, budget)
+        state.report.pop("predicted_ms", None)
+        if predicted is not None:
+            state.shortfall = "predicted_slower"
+            state.report["predicted_ms"] = predicted
+        return kept
 
     def _shortfall(self, found: list[Candidate], prompt: int, policy: Policy) -> str | None:
         """Why donors' runs are not used after all, or None."""

@@ -11,6 +11,7 @@ import logging
 import os
 import secrets
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from sglang_relay import __version__
@@ -46,10 +47,18 @@ def build_tree(ctx: TreeCacheBuildContext) -> Any:
     (model, deployment, a hook that did not apply) is logged by name and leaves a server that serves stock.
     """
     from sglang.srt.mem_cache.registry import create_unified_radix_cache
-    from sglang.srt.runtime_context import get_memory, get_observability
+    from sglang.srt.runtime_context import get_memory, get_observability, get_schedule
 
     from sglang_relay.engine import hooks as hooking
-    from sglang_relay.engine.certified import CONSERVATIVE, bands, choose, find_certificate
+    from sglang_relay.engine.calibration import calibrate_costs
+    from sglang_relay.engine.certified import (
+        CONSERVATIVE,
+        bands,
+        choose,
+        find_certificate,
+        settings_of,
+        warn_of_other_settings,
+    )
     from sglang_relay.engine.consensus import Consensus
     from sglang_relay.engine.guards import server_reasons
     from sglang_relay.engine.manager import RelayManager
@@ -60,7 +69,7 @@ def build_tree(ctx: TreeCacheBuildContext) -> Any:
 
     config = load_config(os.environ)
     runner = ctx.tp_worker.model_runner
-    config.resolve_layer_range(runner.model_config.num_hidden_layers)
+    layers = config.resolve_layer_range(runner.model_config.num_hidden_layers)
     isolated = get_memory().radix_cache_backend == ISOLATED
     reasons = server_reasons(ctx)
     tree = create_unified_radix_cache(ctx, cache_class=RelayCache)
@@ -70,7 +79,9 @@ def build_tree(ctx: TreeCacheBuildContext) -> Any:
     rotary = None if reasons else _rotary(runner, reasons)
     warm_up()
     secret, base = consensus.broadcast((new_secret(), secrets.randbits(60) | 1))  # type: ignore[misc]
-    certificate: Any = consensus.broadcast(find_certificate(config, ctx.server_args) if consensus.leads else None)
+    args = SimpleNamespace(**ctx.server_args.resolved_dict())
+    settings = settings_of(config, layers, args)
+    certificate: Any = consensus.broadcast(find_certificate(config, args) if consensus.leads else None)
     chosen = choose(config, certificate)
     config = replace(config, policy=chosen.policy or CONSERVATIVE[0])
     if chosen.policy is None and config.default == "on":
@@ -81,6 +92,7 @@ def build_tree(ctx: TreeCacheBuildContext) -> Any:
         consensus,
         num_layers=runner.model_config.num_hidden_layers,
         pool_slots=0 if reasons else runner.token_to_kv_pool.k_buffer[0].shape[0],
+        chunk=(chunk := _chunk(get_schedule().chunked_prefill_size)),
         secret=secret,
         base=base,
         isolated=isolated,
@@ -88,7 +100,9 @@ def build_tree(ctx: TreeCacheBuildContext) -> Any:
         budgets={} if chosen.policy is None or chosen.budget is None else {chosen.policy: chosen.budget},
         band_of=bands(certificate),
     )
-    hooks = hooking.SchedulerHooks(relay, rotary, lambda: _state(relay, table, isolated))
+    if relay.costs is not None and rotary is not None:
+        calibrate_costs(relay, relay.costs, runner, rotary, chunk)
+    hooks = hooking.SchedulerHooks(relay, rotary, lambda: _state(relay, table, isolated, settings))
     table = hooks.table()
     hooking.install(table)
     if absent := hooking.missing(table):
@@ -98,8 +112,14 @@ def build_tree(ctx: TreeCacheBuildContext) -> Any:
     if ctx.tp_rank == 0:
         if get_observability().enable_metrics:
             relay.stats.metrics = Metrics({"model_name": str(getattr(ctx.server_args, "served_model_name", None))})
+        warn_of_other_settings(certificate, settings)
         _announce(relay, table, isolated, chosen)
     return tree
+
+
+def _chunk(size: int | None) -> int | None:
+    """Most rows of a prefill forward; -1 is SGLang's for no limit (managers/scheduler.py, ``init_chunked_prefill``)."""
+    return size if size is not None and size > 0 else None
 
 
 def _rotary(runner: Any, reasons: list[str]) -> Any:
@@ -146,7 +166,7 @@ def _announce(relay: Any, hooks: list[Any], isolated: bool, chosen: Any) -> None
     logger.log(level, "relay: on (%s); %s: %s; %d hooks in force", domain, served, chosen.why, len(hooks))
 
 
-def _state(relay: Any, hooks: list[Any], isolated: bool) -> dict[str, Any]:
+def _state(relay: Any, hooks: list[Any], isolated: bool, settings: dict[str, Any]) -> dict[str, Any]:
     """What ``/server_info`` shows. Holds no secret."""
     from sglang_relay.engine.hooks import missing
 
@@ -161,8 +181,10 @@ def _state(relay: Any, hooks: list[Any], isolated: bool) -> dict[str, Any]:
         "layer_range": str(relay.layers),
         "weight_epoch": relay.namespaces.epoch,
         "index": relay.index.stats(),
+        "settings": settings,
         "default_tier": relay.default_tier,
         "audit": relay.auditor.breakers.as_dict(),
+        "cost": None if relay.costs is None else relay.costs.as_dict(),
         "stats": relay.stats.as_dict(),
     }
 

@@ -26,8 +26,11 @@ from sglang_relay.measure.server import Server
 FLOOR = "floor"
 """Label of the noise floor: full prefill of the same prompt in two chunks instead of one."""
 
-SERVER_ARGS = ("--radix-cache-backend", "relay", "--enable-return-hidden-states", "--relay-audit-every", "0")
-"""What a server needs to be measured: an audited request is served exactly."""
+SERVER_ARGS = (
+    *("--radix-cache-backend", "relay", "--enable-return-hidden-states"),
+    *("--relay-audit-every", "0", "--relay-cost-model", "false"),
+)
+"""What a server needs to be measured: an audited request is served exactly, and so is one that relay would slow."""
 
 CHOSEN_DECLINES = ("long_suffix", "below_min_relayed")
 """Declines by which the server chooses full prefill; any other one means that the policy was not measured."""

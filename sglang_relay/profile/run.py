@@ -13,15 +13,14 @@ from typing import Any
 
 import numpy as np
 
-from sglang_relay.identity import Identity, checkpoint_folder, dtype_name, identify
+from sglang_relay.identity import checkpoint_folder
 from sglang_relay.measure.chains import Chain, Decoding, build_chains
+from sglang_relay.measure.private import POOL, served_identity
 from sglang_relay.measure.server import Server
 from sglang_relay.measure.tasks import Agent, Task, load_tasks
 from sglang_relay.profile.deviation import deviation
 from sglang_relay.profile.file import Profile, ProfileError, make_profile
 
-POOL = 32768
-"""KV slots of the private server, in tokens, where the user's flags do not say."""
 _FILE_S = 60.0
 
 
@@ -48,7 +47,7 @@ def profile(
     with tempfile.TemporaryDirectory(prefix="relay-capture-") as captured:
         flags = ["--radix-cache-backend", "relay", "--max-total-tokens", POOL, *server_args]
         with Server(folder, *flags, env={"RELAY_CAPTURE_DIR": captured}) as server:
-            identity = _identity(server, folder)
+            identity = served_identity(server, folder)
             chains = build_chains(server, folder, tasks, Decoding(), dtype=identity.dtype, progress=progress)
             fields: list[np.ndarray] = []
             for number, chain in enumerate(chains):
@@ -94,13 +93,6 @@ def _task(file: Path, number: int, line: str) -> Task:
         question=given.get("question", "Improve the text above."),
         rubric=None,
     )
-
-
-def _identity(server: Server, folder: Path) -> Identity:
-    info = server.get("/server_info")
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    dtype = dtype_name(config, info["dtype"], quantization=info["quantization"], kv=info["kv_cache_dtype"])
-    return identify(folder, dtype=dtype)
 
 
 def _fields(server: Server, chain: Chain, captured: Path) -> list[np.ndarray]:

@@ -1,0 +1,20 @@
+"""What the private servers of ``profile`` and ``certify`` have in common."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from sglang_relay.identity import Identity, dtype_name, identify
+from sglang_relay.measure.server import Server
+
+POOL = 32768
+"""KV slots of a private server, in tokens, where the user's flags do not say."""
+
+
+def served_identity(server: Server, folder: Path) -> Identity:
+    """The identity of the checkpoint ``folder`` as ``server`` runs it, by its own word (``/server_info``)."""
+    info = server.get("/server_info")
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    dtype = dtype_name(config, info["dtype"], quantization=info["quantization"], kv=info["kv_cache_dtype"])
+    return identify(folder, dtype=dtype)
