@@ -68,7 +68,8 @@ class Figures(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     kl: nats, mean over the continuation of each case. next_kl: of the next token alone, which a live audit sees.
     next_kl_edge: nats, an upper confidence bound (95 %) of next_kl's 90th percentile, over the cases that were relayed
-    (what audits see), that assumes no distribution; the sample's maximum where there are fewer than 29 of them. top1, first: shares. exact: tokens. cost: share.
+    (what audits see), that assumes no distribution; the sample's maximum where there are fewer than 29 of them. top1,
+    first: shares. exact: tokens. cost: share.
     """
 
     n: int

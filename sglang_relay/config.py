@@ -19,7 +19,7 @@ from sglang_relay.budget import Budget, parse_budget
 ENV_PREFIX = "SGLANG_RELAY_"
 CONFIG_ENV = "SGLANG_RELAY_CONFIG"
 
-POLICIES = ("probe", "relay", "cacheblend", "legolink", "rotate", "full")
+POLICIES = ("probe", "probe_only", "relay", "cacheblend", "legolink", "rotate", "full")
 
 
 class ConfigError(ValueError):

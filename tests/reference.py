@@ -7,7 +7,7 @@ position and leaves out everything that makes a server fast. Policies differ onl
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -16,7 +16,14 @@ from safetensors import safe_open
 from torch import Tensor
 
 Mutation = Literal[
-    "rotation_off_by_one", "row_mask", "swapped_slots", "stale_stage", "missing_last_layer", "flat_depth", "sees_all"
+    "rotation_off_by_one",
+    "row_mask",
+    "swapped_slots",
+    "stale_stage",
+    "missing_last_layer",
+    "flat_depth",
+    "sees_all",
+    "turned_changes",
 ]
 
 
@@ -72,9 +79,15 @@ class Probe(NamedTuple):
 
     First pass: the fresh tokens before the first segment, and the last `queries` behind the last one, over donor KV and
     each other. A reused token's score is the attention it gets there times the norm of its value, summed over rows,
-    heads and layers l with weight (l + 1) / layers, times (index + 4) ** -.35. Selected is the `share` of all reused
+    heads and layers l with weight (l + 1) / layers, times (index + 4) ** -.35; where it `interpolates`, the square root
+    of that sum. Selected is the `share` of all reused
     tokens with the highest scores or, with `coverage`, the fewest that hold this part of the sum of all scores.
-    Second pass, from embeddings: the selected tokens, and the fresh ones behind the start of the first segment.
+    Second pass, from embeddings: the selected tokens, and the fresh ones behind the start of the first segment. With
+    `interpolates` each layer but the first, before it attends, adds to the other reused tokens a ridge regression (0.2)
+    on what changed at selected ones of the same piece, values and unturned keys, with the kernel
+    exp(4 (cos - 1) - |log((i + 4) / (j + 4))|), where cos is the mean of the donors' cosines of keys and of values in
+    the layers at one, two and three quarters of the depth.
+    A piece is a run of reused tokens of one segment, or one of the fewest equal parts of it of at most 512 tokens.
 
     `chunks`: ends of all chunks but the last. Their fresh tokens, and the last token of each, first run over unrepaired
     donor KV; the last chunk's probe sees them, and its second pass repeats them.
@@ -84,10 +97,13 @@ class Probe(NamedTuple):
     coverage: float | None = None
     queries: int = 24
     chunks: tuple[int, ...] = ()
+    interpolates: bool = True
 
 
 Policy = LegoLink | Relay | CacheBlend | Probe
-SPOILS: dict[str, Any] = {"stale_stage": Relay | CacheBlend, "flat_depth": Probe, "sees_all": Probe}
+SPOILS: dict[str, Any] = {"stale_stage": Relay | CacheBlend} | dict.fromkeys(
+    ("flat_depth", "sees_all", "turned_changes"), Probe
+)
 """The policies that have what a mutation spoils; those not named spoil all."""
 
 
@@ -146,6 +162,7 @@ class Reference:
             swapped_slots: the middle tokens of first and last segment exchange donor KV (within one it is no error);
             missing_last_layer: the last layer is not run;
             stale_stage: rows leave a stage one layer late; flat_depth: all layers have the same weight in the score;
+            turned_changes: the changes of keys are interpolated as they are cached, with their positions;
             sees_all: the first pass of a probe sees fresh tokens that nobody has computed, as slots full of zeros.
         """
         n = len(tokens)
@@ -185,25 +202,39 @@ class Reference:
         if prompt.mutate == "sees_all":
             _ = prompt.k.nan_to_num_(0), prompt.v.nan_to_num_(0), known.fill_(True)
         _, influence = self._pass(prompt, lambda _: rows, known | rows)
-        score = torch.where(reused, influence * (prompt.index + 4.0) ** -0.35, math.nan)
+        weight = influence.sqrt() if policy.interpolates else influence
+        score = torch.where(reused, weight * (prompt.index + 4.0) ** -0.35, math.nan)
         selected = _largest(score, policy.share, policy.coverage)
-        return self._pass(prompt, lambda _: ~head & (~reused | selected))[0], selected, score
+        pieces = _pieces(reused, prompt.segments) if policy.interpolates else []
+        hidden, _ = self._pass(
+            prompt, lambda _: ~head & (~reused | selected), pieces=[(p, selected[p]) for p in pieces]
+        )
+        return hidden, selected, score
 
-    def _pass(self, prompt: _Prompt, at: Callable[[int], Tensor], seen: Tensor | bool = True) -> tuple[Tensor, Tensor]:
+    def _pass(
+        self,
+        prompt: _Prompt,
+        at: Callable[[int], Tensor],
+        seen: Tensor | bool = True,
+        pieces: Sequence[tuple[Tensor, Tensor]] = (),
+    ) -> tuple[Tensor, Tensor]:
         """Run the rows that `at` names for each layer, from embeddings, and cache their K and V.
 
-        They attend to what is `seen` (bool [n]) up to their own position. Returns hidden states and influence, [n]: the
-        attention that a position gets times the norm of the value there, summed over rows, heads and weighted layers.
+        They attend to what is `seen` (bool [n]) up to their own position, `pieces` interpolated. Returns hidden states
+        and influence, [n]: the attention that a position gets times the norm of the value there, summed over rows,
+        heads and weighted layers.
         """
         n, k, v = len(prompt.tokens), prompt.k, prompt.v
         x = self.weights["model.embed_tokens.weight"][prompt.tokens].double()
-        influence = x.new_zeros(n)
+        influence, donor = x.new_zeros(n), (k.clone(), v.clone())
         for layer in range(self.layers - (prompt.mutate == "missing_last_layer")):
             rows, name = at(layer).nonzero()[:, 0], f"model.layers.{layer}"
             h = self._norm(x[rows], f"{name}.input_layernorm.weight")
             heads = (self._linear(h, f"{name}.self_attn.{i}_proj").unflatten(-1, (-1, self.head_dim)) for i in "qkv")
             q, fresh_k, fresh_v = heads
             q, k[layer, rows], v[layer, rows] = self._turn(q, rows), self._turn(fresh_k, rows), fresh_v
+            for piece, recomputed in pieces if layer else ():
+                self._interpolate(prompt, layer, donor, piece, recomputed)
             until = torch.arange(len(rows)) + n - len(rows) if prompt.mutate == "row_mask" else rows
             mask = (torch.arange(n) <= until[:, None]) & seen
             all_k, all_v = (i[layer].repeat_interleave(self.heads // self.kv_heads, 1) for i in (k, v))
@@ -218,6 +249,28 @@ class Reference:
             gate, up = (self._linear(h, f"{name}.mlp.{i}_proj") for i in ("gate", "up"))
             x[rows] += self._linear(torch.nn.functional.silu(gate) * up, f"{name}.mlp.down_proj")
         return x, influence
+
+    def _interpolate(
+        self, prompt: _Prompt, layer: int, donor: tuple[Tensor, Tensor], piece: Tensor, recomputed: Tensor
+    ) -> None:
+        """piece: positions; recomputed: bool, those that hold fresh K and V in this layer; the others are changed."""
+        if not recomputed.any():
+            return
+        at, turned = torch.zeros_like(piece), prompt.mutate == "turned_changes"
+        old_k, new_k = (self._turn(k[piece], at, piece) for k in (donor[0][layer], prompt.k[layer]))
+        likeness = torch.zeros(len(piece), len(piece), dtype=torch.float64)
+        for deep in (self.layers * quarter // 4 for quarter in (1, 2, 3)):
+            for flat in (self._turn(donor[0][deep, piece], at, piece).flatten(1), donor[1][deep, piece].flatten(1)):
+                likeness += torch.cosine_similarity(flat[:, None], flat[None], dim=-1) / 6
+        place = (prompt.index[piece] + 4.0).log()
+        kernel = torch.exp(4 * (likeness - 1) - (place[:, None] - place).abs())
+        s, u = recomputed, ~recomputed
+        weight = torch.linalg.inv(kernel[s][:, s] + 0.2 * torch.eye(int(s.sum()))) @ kernel[s][:, u]
+        change_k = prompt.k[layer, piece] - donor[0][layer, piece] if turned else new_k - old_k
+        change_v = prompt.v[layer, piece] - donor[1][layer, piece]
+        add_k, add_v = (torch.einsum("su,shd->uhd", weight, change[s]) for change in (change_k, change_v))
+        prompt.v[layer, piece[u]] += add_v
+        prompt.k[layer, piece[u]] += add_k if turned else self._turn(add_k, piece[u])
 
     def _place(self, n: int, segments: list[Segment], mutate: Mutation | None) -> tuple[Tensor, Tensor]:
         """K and V before anything is computed: donors' at their new positions, NaN where nothing may be read yet."""
@@ -262,6 +315,16 @@ def _reused(n: int, segments: list[Segment]) -> tuple[Tensor, Tensor]:
         reused[s.start : s.stop] = True
         index[s.start : s.stop] = torch.arange(s.stop - s.start) + s.source - first[s.donor]
     return reused, index
+
+
+def _pieces(reused: Tensor, segments: list[Segment]) -> list[Tensor]:
+    """Positions of reused tokens that are related to each other, see `Probe`."""
+    found = []
+    for s in segments:
+        at = (reused.nonzero()[:, 0])[torch.isin(reused.nonzero()[:, 0], torch.arange(s.start, s.stop))]
+        runs = torch.tensor_split(at, [i for i in range(1, len(at)) if at[i] != at[i - 1] + 1])
+        found += [part for run in runs for part in torch.tensor_split(run, math.ceil(len(run) / 512))]
+    return found
 
 
 def _largest(value: Tensor, share: float, coverage: float | None = None) -> Tensor:

@@ -66,12 +66,19 @@ CASES = {
 }
 
 
-POLICIES = {"rotate": ROTATE, "full": FULL, "legolink": LegoLink(), "cacheblend": CacheBlend(), "probe": Probe()}
+POLICIES = {
+    "rotate": ROTATE,
+    "full": FULL,
+    "legolink": LegoLink(),
+    "cacheblend": CacheBlend(),
+    "probe": Probe(),
+    "probe_only": Probe(interpolates=False),
+}
 
 
 NO_AUDIT = {"SGLANG_RELAY_AUDIT_EVERY": "0"}
 """An audited request is served exactly."""
-EXPLICIT = {"probe": {"relay_budget": 0.2}}
+EXPLICIT = {name: {"relay_budget": 0.2} for name in ("probe", "probe_only")}
 """Budgets that requests name, so that these comparisons do not hang on a server's default."""
 
 
@@ -97,6 +104,7 @@ class World:
         self.vocab: int = reference.config["vocab_size"]
         self._rng = random.Random(7)
         self._seed = 0
+        self._begun: set[int] = set()
         self.donors: list[Donor] = []
         self._computed: list[Result] = []
         for length in (23, 40, 31):
@@ -118,16 +126,20 @@ class World:
         policy = self.policy(params["relay_policy"]) if segments else FULL
         if isinstance(policy, Probe) and segments:
             # Its prompt's last tokens asked, not what it decoded then.
-            segments = without(segments, self.reference.run(prompt, segments, policy).selected)
+            segments = cached(segments, self.reference.run(prompt, segments, policy))
             policy = ROTATE
         self.donors.append(donor)
         self._computed.append(self.reference.run([*donor.path[:-1], 3], segments or [], policy))
         return answer["meta_info"]["relay"]
 
     def prompt(self, case: Case) -> Prompt:
-        """Fresh tokens differ with every call, so that no prompt finds another one's prefix."""
-        self._seed += 1
-        return compose(self.donors, case.cuts, case.tail, random.Random(self._seed), self.vocab)
+        """No two prompts begin with the same token, so that none finds another one's prefix."""
+        while True:
+            self._seed += 1
+            prompt = compose(self.donors, case.cuts, case.tail, random.Random(self._seed), self.vocab)
+            if prompt.tokens[0] not in self._begun:
+                self._begun.add(prompt.tokens[0])
+                return prompt
 
     def segments(self, prompt: Prompt) -> list[Segment]:
         cut = []
@@ -170,13 +182,10 @@ def far(a: torch.Tensor, b: torch.Tensor) -> float:
     return float((a - b).abs().max())
 
 
-def without(segments: list[Segment], selected: torch.Tensor) -> list[Segment]:
-    """The reused tokens that are not selected, as segments of one token."""
+def cached(segments: list[Segment], result: Result) -> list[Segment]:
+    """The reused tokens as `result` leaves them: at their own positions already."""
     return [
-        Segment(s.start + i, s.start + i + 1, s.donor, s.source + i, s.k[:, i : i + 1], s.v[:, i : i + 1])
-        for s in segments
-        for i in range(s.stop - s.start)
-        if not selected[s.start + i]
+        s._replace(source=s.start, k=result.k[:, s.start : s.stop], v=result.v[:, s.start : s.stop]) for s in segments
     ]
 
 
@@ -297,7 +306,7 @@ def test_budget_keeps_the_suffix_and_the_largest_deviations(world: World, budget
     assert far(got, log_probabilities(want)) < BOUND
 
 
-@pytest.mark.parametrize("policy", ["rotate", "relay", "cacheblend", "probe"])
+@pytest.mark.parametrize("policy", ["rotate", "relay", "cacheblend", "probe", "probe_only"])
 def test_donor_that_was_relayed_itself(world: World, policy: str) -> None:
     """The third agent reuses what the second decoded over relayed KV: approximation of depth 2."""
     if world.setting is SMOLLM2:

@@ -175,14 +175,16 @@ def test_legolink_takes_the_first_tokens_of_each_text() -> None:
     assert chosen(p.select(goes_on, Budget("tokens", 16))) == []
 
 
-def test_probe_ranks_by_score_and_nearness_to_the_texts_start() -> None:
-    p = policy("probe")
+@pytest.mark.parametrize(("name", "less", "more"), [("probe_only", 1.32, 1.34), ("probe", 1.74, 1.79)])
+def test_probe_ranks_by_score_and_nearness_to_the_texts_start(name: str, less: float, more: float) -> None:
+    p = policy(name)
     assert (p.whole, p.until) == (0, LAYERS)
     assert chosen(p.select(view([1.0] * 6, [1.0] * 6), share(0.34))) == [0, 1, 6, 7]
-    # (0 + 4) ** -.35 = .616 and (5 + 4) ** -.35 = .463: the last token needs a third more.
-    assert chosen(p.select(view([1.0, 0, 0, 0, 0, 1.32]), Budget("tokens", 2)))[0] == 0
-    assert chosen(p.select(view([1.0, 0, 0, 0, 0, 1.32]), share(0.17))) == [0]
-    assert chosen(p.select(view([1.0, 0, 0, 0, 0, 1.34]), share(0.17))) == [5]
+    # (0 + 4) ** -.35 = .616 and (5 + 4) ** -.35 = .463: the last token needs a third more, or its square where the
+    # score's root counts.
+    assert chosen(p.select(view([1.0, 0, 0, 0, 0, less]), Budget("tokens", 2)))[0] == 0
+    assert chosen(p.select(view([1.0, 0, 0, 0, 0, less]), share(0.17))) == [0]
+    assert chosen(p.select(view([1.0, 0, 0, 0, 0, more]), share(0.17))) == [5]
 
 
 def test_probe_budgets() -> None:
@@ -198,7 +200,7 @@ def test_coverage_takes_the_fewest_tokens_that_carry_the_mass(signal: list[float
     want = twentieths / 20
     v = view(signal)
     kept = chosen(policy("probe").select(v, Budget("coverage", want)))
-    score = torch.tensor(signal, dtype=torch.float32) * (v.index + 4).float() ** -0.35
+    score = torch.tensor(signal, dtype=torch.float32).sqrt() * (v.index + 4).float() ** -0.35
     mass = sorted(score.double().tolist(), reverse=True)
     total = sum(mass)
     if total == 0:

@@ -1,6 +1,17 @@
 """Attention of an arbitrary sorted set of query positions over a request's KV, masked by absolute position."""
 
+from sglang_relay.attention.interpolation import Interpolation, parts_of
 from sglang_relay.attention.scores import ProbeRows, plan_probe, probe_scores
 from sglang_relay.attention.torch_sdpa import AttentionPlan, Sequence, attend, plan_attention
 
-__all__ = ["AttentionPlan", "ProbeRows", "Sequence", "attend", "plan_attention", "plan_probe", "probe_scores"]
+__all__ = [
+    "AttentionPlan",
+    "Interpolation",
+    "ProbeRows",
+    "Sequence",
+    "attend",
+    "parts_of",
+    "plan_attention",
+    "plan_probe",
+    "probe_scores",
+]

@@ -8,7 +8,7 @@ import torch
 from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
 from sglang.srt.mem_cache.memory_pool import KVWriteLoc
 
-from sglang_relay.attention import AttentionPlan, ProbeRows, attend, probe_scores
+from sglang_relay.attention import AttentionPlan, Interpolation, ProbeRows, attend, probe_scores
 
 if TYPE_CHECKING:
     from sglang.srt.layers.radix_attention import RadixAttention
@@ -75,6 +75,8 @@ class RelayAttentionBackend(AttentionBackend):
         self.stage: AttentionPlan | None = None
         self.deviation: DeviationProbe | None = None
         self.probe: AttentionProbe | None = None
+        self.interpolations: list[Interpolation] = []
+        """Of the prompts whose selected tokens this pass recomputes."""
         self.last_of_rows: int | None = None
         """The layer that ends with K and V (``LayerDone``)."""
         self.failure: Exception | None = None
@@ -132,6 +134,8 @@ class RelayAttentionBackend(AttentionBackend):
             self.deviation.measure(v.view(-1, layer.tp_v_head_num, layer.v_head_dim), values)
         if save_kv_cache:
             pool.set_kv_buffer(layer, KVWriteLoc(forward_batch.out_cache_loc, None), k, v)
+        for interpolation in self.interpolations:
+            interpolation.apply(layer.layer_id, keys, values)
         query = q.view(-1, layer.tp_q_head_num, layer.qk_head_dim)
         if self.probe is not None:
             self.probe.measure(layer, query, keys, values)

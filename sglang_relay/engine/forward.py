@@ -17,7 +17,7 @@ from sglang.srt.model_executor.model_runner import ModelRunnerOutput
 from sglang.srt.runtime_context import get_parallel
 from sglang_relay_kernels.realign import realign  # pyright: ignore[reportMissingImports]
 
-from sglang_relay.attention import plan_attention
+from sglang_relay.attention import Interpolation, parts_of, plan_attention
 from sglang_relay.engine.audit import AUDITED, divergence
 from sglang_relay.engine.backend import AttentionProbe, DeviationProbe, RelayAttentionBackend
 from sglang_relay.engine.layout import Layout, Span
@@ -251,12 +251,26 @@ class StagedForward:
             spans = layout.approximate(number)
             if not spans or (signal is None and policy.signal != "none"):
                 continue
-            keep = policy.select(self._view(spans, signal), plan.budget)
-            chosen = layout.rows_of(spans)[keep.cpu().numpy()]
+            view, rows = self._view(spans, signal), layout.rows_of(spans)
+            keep = policy.select(view, plan.budget).cpu().numpy()
+            chosen = rows[keep]
+            if policy.interpolates:
+                self._interpolate(view, rows, keep)
             active[chosen] = True
             self.selected[number] = len(chosen)
             self.work[number] += len(chosen) * (policy.until - policy.whole)
         return np.flatnonzero(active)
+
+    def _interpolate(self, view: PromptView, rows: np.ndarray, keep: np.ndarray) -> None:
+        """Carry what changes on the tokens of ``rows`` [n] that ``keep`` [n] selects over to the others of them."""
+        layout, pool = self.layout, self.runner.token_to_kv_pool
+        if parts := parts_of(view.offsets, keep):
+            at = layout.tensor(rows)
+            slots, positions = (t.index_select(0, at).long() for t in (layout.out_loc, layout.row_positions))
+            buffers = pool.k_buffer, pool.v_buffer
+            self.backend.interpolations.append(
+                Interpolation(parts, slots, positions, view.index.to(layout.device), buffers, self.rotary)
+            )
 
     def _view(self, spans: list[Span], signal: torch.Tensor | None) -> PromptView:
         offsets = np.concatenate(([0], np.cumsum([s.length for s in spans])))

@@ -5,13 +5,13 @@ from sglang_relay.policies.base import Policy, PromptView
 from sglang_relay.policies.cacheblend import CacheBlend
 from sglang_relay.policies.full import Full
 from sglang_relay.policies.legolink import LegoLink
-from sglang_relay.policies.probe import Probe
+from sglang_relay.policies.probe import Probe, ProbeOnly
 from sglang_relay.policies.relay import DeviationPolicy
 from sglang_relay.policies.rotate import Rotate
 
 __all__ = ["Policy", "PromptView", "make_policies"]
 
-_SIMPLE = (Probe, CacheBlend, LegoLink, Rotate, Full)
+_SIMPLE = (Probe, ProbeOnly, CacheBlend, LegoLink, Rotate, Full)
 
 
 def make_policies(config: RelayConfig, num_layers: int) -> dict[str, Policy]:

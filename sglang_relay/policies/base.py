@@ -55,6 +55,8 @@ class Policy(ABC):
     signal: ClassVar[Signal]
     budgets: ClassVar[tuple[Kind, ...]] = ()
     """Kinds of budget the policy takes."""
+    interpolates: ClassVar[bool] = False
+    """Whether what changes on the selected tokens is carried over to the others (attention/interpolation.py)."""
     default_budget: Budget | None = None
     """What a request gets that names none; a server's certificate may say otherwise."""
     whole: int
