@@ -50,7 +50,9 @@ class RelayConfig:
     ``bound`` (``floor`` or a mean KL in nats), and without a certificate a conservative one.
     certificate: file or folder of certificates; None looks in the user's cache.
     audit_every: one relayed request in this many is also computed exactly, and served so; 0 for none.
-    layer_range: ``start,detect,end`` of policy ``relay``; None derives ``1,3,last`` from the model.
+    layer_range: ``start,detect,end`` of policy ``relay``; None takes that of ``profile``, without one
+    ``1,3,last``.
+    profile: file of ``sglang-relay profile``, made for the model that is served.
     tau_dev: a token is recomputed when its value deviation is at least ``tau_dev`` times its segment's mean.
     suffix: the last tokens of every segment are always recomputed.
     budget: how much a policy may recompute (``budget.py``) where the request does not say; None: the policy's own.
@@ -73,6 +75,7 @@ class RelayConfig:
     certificate: str | None = None
     audit_every: int = 200
     layer_range: LayerRange | None = None
+    profile: str | None = None
     tau_dev: float = 1.5
     suffix: int = 10
     budget: Budget | None = None
@@ -199,6 +202,7 @@ _PARSERS: dict[str, tuple[Callable[[str], Any], str]] = {
     "policy": (str, "a name"),
     "bound": (str, "floor or a number"),
     "certificate": (_parse_path, "a path"),
+    "profile": (_parse_path, "a path"),
     "default": (str, "a name"),
     "donate": (str, "a name"),
 }

@@ -13,7 +13,7 @@ from sglang_relay.config import CONFIG_ENV, ENV_PREFIX, ConfigError, LayerRange,
 from sglang_relay.engine import command_line
 
 ALLOWED = {
-    "policy": "auto, probe, relay, cacheblend, legolink, rotate, full",
+    "policy": "auto, probe, probe_only, relay, cacheblend, legolink, rotate, full",
     "default": "on, exact, off",
     "donate": "output, all, none",
     "tau_dev": "number",
@@ -79,6 +79,8 @@ GOOD = [
     ("bound", "0.02", "0.02"),
     ("certificate", "none", None),
     ("certificate", "/etc/relay", "/etc/relay"),
+    ("profile", "none", None),
+    ("profile", "/etc/profile.json", "/etc/profile.json"),
     ("audit_every", "0", 0),
     ("layer_range", "2,3,20", LayerRange(2, 3, 20)),
     ("layer_range", "0,0,0", LayerRange(0, 0, 0)),
@@ -119,8 +121,9 @@ def file_of(tmp_path: Path, content: Any) -> dict[str, str]:
 
 def test_the_tables_name_every_setting() -> None:
     """A setting added later must come with its wrong and right values."""
-    checked = set(setting_names()) - {"certificate"}  # any text is a path; whether a certificate is there is seen later
-    assert checked == set(ALLOWED) == {n for n, _ in BAD_TEXT} == {n for n, *_ in GOOD} - {"certificate"}
+    files = {"certificate", "profile"}  # any text is a path; whether something is there is seen later
+    checked = set(setting_names()) - files
+    assert checked == set(ALLOWED) == {n for n, _ in BAD_TEXT} == {n for n, *_ in GOOD} - files
 
 
 def test_nothing_set_is_the_default() -> None:

@@ -10,6 +10,8 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
+import msgspec
+import numpy as np
 import pytest
 import requests
 import torch
@@ -17,7 +19,9 @@ from plugins import Inspector
 from tiny_model import make_tiny_llama, random_text
 
 from sglang_relay.config import POLICIES
+from sglang_relay.identity import identify
 from sglang_relay.measure.server import Server
+from sglang_relay.profile.file import make_profile
 
 CHUNK = 128
 SEEDS = itertools.count(1000)
@@ -37,7 +41,11 @@ def inspector(tmp_path_factory: pytest.TempPathFactory) -> Inspector:
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory, inspector: Inspector) -> Iterator[Server]:
     model = make_tiny_llama(tmp_path_factory.mktemp("controls"))
+    profile = make_profile(identify(model, dtype="float32"), [np.zeros((3, 6), np.float32)], data="a test", made="")
+    file = tmp_path_factory.mktemp("profile") / "profile.json"
+    msgspec.structs.replace(profile, start=0, detect=3, end=5).save(file)
     flags = ("--radix-cache-backend", "relay", "--chunked-prefill-size", CHUNK, "--enable-metrics")
+    flags += ("--dtype", "float32", "--relay-profile", file)
     with Server(model, *flags, "--constrained-json-disable-any-whitespace", env=inspector.env) as started:
         yield started
 
@@ -411,7 +419,7 @@ def test_server_info(server: Server, donor: list[int]) -> None:
         and shown["default_tier"] == "probe@0.3"
         and shown["config"]["min_segment"] == 32
     )
-    assert shown["layer_range"] == "1,3,5"
+    assert shown["layer_range"] == "0,3,5", "that of the profile"
     assert shown["index"]["donors"] > 0 and 0 < shown["index"]["bytes"] <= shown["config"]["index_bytes"]
     assert shown["stats"]["failures"] == shown["stats"]["fallbacks"] == 0
     assert "hooks in force" in server.log()

@@ -368,7 +368,7 @@ def test_deployments_that_cannot_start_here_are_named(model: Path, reason: str, 
     ("setting", "value", "allowed"),
     [
         ("SGLANG_RELAY_LAYER_RANGE", "1,2,9", "the last one allowed is 5"),
-        ("SGLANG_RELAY_POLICY", "magic", "allowed are auto, probe, relay"),
+        ("SGLANG_RELAY_POLICY", "magic", "allowed are auto, probe, probe_only, relay"),
     ],
 )
 def test_a_setting_that_is_not_allowed_ends_the_start(model: Path, setting: str, value: str, allowed: str) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Callable
 from pathlib import Path
@@ -21,7 +20,8 @@ from sglang_relay.certificate import (
     parse_bound,
 )
 from sglang_relay.config import ConfigError, LayerRange, RelayConfig, setting_names
-from sglang_relay.identity import IdentityError, checkpoint_folder, dtype_name, identify
+from sglang_relay.engine.served import served_identity
+from sglang_relay.identity import IdentityError
 
 logger = logging.getLogger(__name__)
 
@@ -36,7 +36,18 @@ _SERVER = (
 """Fields of sglang's ServerArgs that may change an answer; dtypes and versions are the identity's."""
 
 _ELSEWHERE = frozenset(
-    ("policy", "budget", "bound", "certificate", "audit_every", "cost_model", "default", "donate", "index_bytes")
+    (
+        "policy",
+        "budget",
+        "bound",
+        "certificate",
+        "profile",
+        "audit_every",
+        "cost_model",
+        "default",
+        "donate",
+        "index_bytes",
+    )
 )
 """Settings of the relay that change which requests are relayed under which policy, and not what a policy answers."""
 
@@ -64,10 +75,7 @@ def find_certificate(config: RelayConfig, args: Any) -> Certificate | None:
     if where is None and not any(default_directory().glob("*.json")):
         return None
     try:
-        folder = checkpoint_folder(args.model_path, args.revision)
-        settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        dtype = dtype_name(settings, args.dtype, quantization=args.quantization, kv=args.kv_cache_dtype)
-        found = load_certificate(identify(args.model_path, dtype=dtype, revision=args.revision), where)
+        found = load_certificate(served_identity(args), where)
     except (IdentityError, CertificateError, OSError, ValueError) as error:
         if where is not None:
             raise ConfigError(f"certificate={config.certificate}: {error}") from error

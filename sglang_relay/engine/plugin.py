@@ -64,12 +64,12 @@ def build_tree(ctx: TreeCacheBuildContext) -> Any:
     from sglang_relay.engine.manager import RelayManager
     from sglang_relay.engine.namespaces import new_secret
     from sglang_relay.engine.report import Metrics
+    from sglang_relay.engine.served import with_profile
     from sglang_relay.engine.tree import RelayCache
     from sglang_relay.index import warm_up
 
     config = load_config(os.environ)
     runner = ctx.tp_worker.model_runner
-    layers = config.resolve_layer_range(runner.model_config.num_hidden_layers)
     isolated = get_memory().radix_cache_backend == ISOLATED
     reasons = server_reasons(ctx)
     tree = create_unified_radix_cache(ctx, cache_class=RelayCache)
@@ -80,7 +80,8 @@ def build_tree(ctx: TreeCacheBuildContext) -> Any:
     warm_up()
     secret, base = consensus.broadcast((new_secret(), secrets.randbits(60) | 1))  # type: ignore[misc]
     args = SimpleNamespace(**ctx.server_args.resolved_dict())
-    settings = settings_of(config, layers, args)
+    config: Any = consensus.broadcast(with_profile(config, args) if consensus.leads else None)
+    settings = settings_of(config, config.resolve_layer_range(runner.model_config.num_hidden_layers), args)
     certificate: Any = consensus.broadcast(find_certificate(config, args) if consensus.leads else None)
     chosen = choose(config, certificate)
     config = replace(config, policy=chosen.policy or CONSERVATIVE[0])
