@@ -7,7 +7,7 @@ knows, the donor's text, a question) to the stock server and, once per policy, t
 same attention, sampling and thread settings; the one that is not asked sleeps. Reported are medians, the ratio of
 medians, the share of reused tokens that the policy recomputed, and, per policy, the KL divergence of the next-token
 distributions from full prefill over the ``--forced`` positions behind the prompt, both sides forced through the stock
-server's greedy continuation.
+server's greedy continuation. Policies are written as in bench/fidelity.py: ``probe@0.2``.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ import numpy as np
 import requests
 from transformers import AutoTokenizer
 
+from bench.fidelity import policies_argument
 from sglang_relay.fetch_model import ensure_model
 from sglang_relay.measure.server import Server
 
@@ -128,18 +129,19 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         answer = relay.generate(prompts.donor(), max_new_tokens=args.reused + 1, **sampling)
         reused = answer["output_ids"][: args.reused]
 
-        times: dict[str, list[float]] = {name: [] for name in ("stock", *args.policies)}
-        reports: dict[str, list[dict[str, Any]]] = {name: [] for name in args.policies}
+        labels = [choice.label for choice in args.policies]
+        times: dict[str, list[float]] = {name: [] for name in ("stock", *labels)}
+        reports: dict[str, list[dict[str, Any]]] = {name: [] for name in labels}
         for repeat in range(args.repeats + 1):
             prompt = prompts.consumer(reused)
             seconds, _ = first_token_s(stock, prompt, {})
             if repeat:  # the first request of a kind pays for what every later one finds warm
                 times["stock"].append(seconds)
-            for policy in args.policies:
-                seconds, meta = first_token_s(relay, prompt, {"relay_policy": policy})
+            for label, params in args.policies:
+                seconds, meta = first_token_s(relay, prompt, dict(params))
                 if repeat:
-                    times[policy].append(seconds)
-                    reports[policy].append(meta["relay"])
+                    times[label].append(seconds)
+                    reports[label].append(meta["relay"])
             print(f"repeat {repeat} of {args.repeats}: {_row(times)}", file=sys.stderr)
         counters = relay.get("/server_info")["internal_states"][0]["relay"]["stats"]
         divergence = _divergence(args, stock, relay, prompts.consumer(reused), vocab)
@@ -156,9 +158,9 @@ def _divergence(
     forced = stock.generate(prompt, max_new_tokens=max(1, args.forced))["output_ids"][: args.forced]
     reference = list(distributions(stock, prompt, forced, vocab, {}))
     found = {}
-    for policy in args.policies:
+    for policy, params in args.policies:
         # The first request relays the prompt; the later ones find it as their prefix in the policy's namespace.
-        rows = distributions(relay, prompt, forced, vocab, {"relay_policy": policy})
+        rows = distributions(relay, prompt, forced, vocab, dict(params))
         found[policy] = [kl(a, b) for a, b in zip(reference, rows, strict=True)]
         print(f"KL {policy}: mean {statistics.mean(found[policy]):.2e}", file=sys.stderr)
     return found
@@ -173,7 +175,7 @@ def _result(
 ) -> dict[str, Any]:
     base = statistics.median(times["stock"])
     rows: dict[str, Any] = {"stock": {"ttft_ms": 1e3 * base, "all_ms": [1e3 * t for t in times["stock"]]}}
-    for policy in args.policies:
+    for policy in (choice.label for choice in args.policies):
         middle = statistics.median(times[policy])
         counts = reports[policy]
         placed = sum(r["relayed"] + r["recomputed"] for r in counts)
@@ -189,13 +191,14 @@ def _result(
             "declined": sorted({str(r["declined"]) for r in counts if r["declined"]}),
         }
     settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
+    settings["policies"] = [choice.label for choice in args.policies]
     return {"settings": settings, "machine": platform.processor() or platform.machine(), "rows": rows, "host": counters}
 
 
 def _table(result: dict[str, Any]) -> str:
-    lines = [f"{'':<8}{'TTFT ms':>9}{'ratio':>8}{'reused':>8}{'selected':>10}{'KL mean':>11}{'match ms':>10}"]
+    lines = [f"{'':<12}{'TTFT ms':>9}{'ratio':>8}{'reused':>8}{'selected':>10}{'KL mean':>11}{'match ms':>10}"]
     for name, row in result["rows"].items():
-        line = f"{name:<8}{row['ttft_ms']:>9.0f}"
+        line = f"{name:<12}{row['ttft_ms']:>9.0f}"
         if "ratio" in row:
             divergence = "-" if row["kl_mean"] is None else f"{row['kl_mean']:.2e}"
             line += f"{row['ratio']:>7.2f}x{row['reused']:>8.0f}{row['selected_share']:>10.1%}{divergence:>11}"
@@ -217,7 +220,12 @@ def main() -> None:
     parser.add_argument("--question", type=int, default=16, help="fresh tokens behind it (%(default)s)")
     parser.add_argument("--repeats", type=int, default=5, help="timed prompts per side (%(default)s)")
     parser.add_argument("--forced", type=int, default=16, help="positions of the KL divergence (%(default)s)")
-    parser.add_argument("--policies", nargs="+", default=["rotate", "relay"], choices=("rotate", "relay", "full"))
+    parser.add_argument(
+        "--policies",
+        type=policies_argument,
+        default=policies_argument("rotate,relay,probe@0.1,probe@0.2"),
+        metavar="P,P,...",
+    )
     parser.add_argument("--layer-range", default="2,3,20", help="of policy relay (%(default)s)")
     parser.add_argument("--tau-dev", type=float, default=1.5, help="of policy relay (%(default)s)")
     parser.add_argument("--suffix", type=int, default=10, help="of policy relay (%(default)s)")

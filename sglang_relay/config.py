@@ -60,6 +60,8 @@ class RelayConfig:
     route_above: a prompt with this many fresh tokens behind its last segment per reused token, or more, is prefilled in
     full under ``probe``, whose probe then costs about as much.
     cost_model: whether a prompt is relayed only where that is predicted to save time (``cost.py``).
+    attention: what computes attention of scattered rows: ``torch``, ``flashinfer``, ``triton``, or ``auto``: the first
+    of flashinfer, triton and torch that works, and torch without a CUDA device.
     default: what a request without ``custom_params.relay`` gets: ``on``, ``exact`` or ``off``.
     donate: what a finished request offers to others: its ``output``, ``all`` of its tokens, or ``none``.
     min_segment: shortest run of equal tokens, in tokens, that is reused.
@@ -82,6 +84,7 @@ class RelayConfig:
     probe_queries: int = 24
     route_above: float = 0.25
     cost_model: bool = True
+    attention: str = "auto"
     default: str = "on"
     donate: str = "output"
     min_segment: int = 32
@@ -155,6 +158,7 @@ _CHECKS: tuple[Callable[[RelayConfig], None], ...] = (
     _bound,
     _one_of("default", ("on", "exact", "off")),
     _one_of("donate", ("output", "all", "none")),
+    _one_of("attention", ("auto", "torch", "flashinfer", "triton")),
     _between("tau_dev", 0.0, 1e6),
     _between("suffix", 0, 1 << 20),
     _between("audit_every", 0, 1 << 30),
@@ -205,6 +209,7 @@ _PARSERS: dict[str, tuple[Callable[[str], Any], str]] = {
     "profile": (_parse_path, "a path"),
     "default": (str, "a name"),
     "donate": (str, "a name"),
+    "attention": (str, "a name"),
 }
 _INTEGER: tuple[Callable[[str], Any], str] = (int, "a whole number")
 

@@ -80,8 +80,8 @@ class Probe(NamedTuple):
     First pass: the fresh tokens before the first segment, and the last `queries` behind the last one, over donor KV and
     each other. A reused token's score is the attention it gets there times the norm of its value, summed over rows,
     heads and layers l with weight (l + 1) / layers, times (index + 4) ** -.35; where it `interpolates`, the square root
-    of that sum. Selected is the `share` of all reused
-    tokens with the highest scores or, with `coverage`, the fewest that hold this part of the sum of all scores.
+    of the sum. Selected is the `share` of all reused
+    tokens with the highest scores or, with `coverage`, as many as hold this part of the sum of all scores without root.
     Second pass, from embeddings: the selected tokens, and the fresh ones behind the start of the first segment. With
     `interpolates` each layer but the first, before it attends, adds to the other reused tokens a ridge regression (0.2)
     on what changed at selected ones of the same piece, values and unturned keys, with the kernel
@@ -110,7 +110,8 @@ SPOILS: dict[str, Any] = {"stale_stage": Relay | CacheBlend} | dict.fromkeys(
 class Result(NamedTuple):
     """logits: [vocab] at the last position. k, v: [layers, n, kv_heads, head_dim] as cached after the prefill.
 
-    selected: bool [n], reused rows chosen for recomputation. measured: [n], their deviation or score, NaN elsewhere.
+    selected: bool [n], reused rows chosen for recomputation. measured: [n], what ranks them, deviation or score, NaN
+    elsewhere. mass: [n], a probe's score without the root.
     """
 
     logits: Tensor
@@ -118,6 +119,7 @@ class Result(NamedTuple):
     v: Tensor
     selected: Tensor
     measured: Tensor
+    mass: Tensor | None = None
 
 
 class _Prompt(NamedTuple):
@@ -188,7 +190,7 @@ class Reference:
 
         return self._pass(prompt, rows)[0], selected, deviation
 
-    def _probe(self, prompt: _Prompt, policy: Probe) -> tuple[Tensor, Tensor, Tensor]:
+    def _probe(self, prompt: _Prompt, policy: Probe) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """As `_staged`: a pass for each earlier chunk, one that looks, one that recomputes."""
         reused, position = prompt.reused, torch.arange(len(prompt.tokens))
         reused[[stop - 1 for stop in policy.chunks]] = False
@@ -202,14 +204,18 @@ class Reference:
         if prompt.mutate == "sees_all":
             _ = prompt.k.nan_to_num_(0), prompt.v.nan_to_num_(0), known.fill_(True)
         _, influence = self._pass(prompt, lambda _: rows, known | rows)
-        weight = influence.sqrt() if policy.interpolates else influence
-        score = torch.where(reused, weight * (prompt.index + 4.0) ** -0.35, math.nan)
-        selected = _largest(score, policy.share, policy.coverage)
+        mass = torch.where(reused, influence * (prompt.index + 4.0) ** -0.35, math.nan)
+        score = mass / influence.sqrt() if policy.interpolates else mass
+        selected = _largest(score, policy.share)
+        if policy.coverage is not None:
+            order = score.nan_to_num(-math.inf).argsort(descending=True, stable=True)[: int(reused.sum())]
+            limit = int((mass[order].cumsum(0) - mass[order] < policy.coverage * mass[order].sum()).sum())
+            selected = torch.zeros_like(reused).index_fill(0, order[:limit], True)
         pieces = _pieces(reused, prompt.segments) if policy.interpolates else []
         hidden, _ = self._pass(
             prompt, lambda _: ~head & (~reused | selected), pieces=[(p, selected[p]) for p in pieces]
         )
-        return hidden, selected, score
+        return hidden, selected, score, mass
 
     def _pass(
         self,
@@ -327,13 +333,12 @@ def _pieces(reused: Tensor, segments: list[Segment]) -> list[Tensor]:
     return found
 
 
-def _largest(value: Tensor, share: float, coverage: float | None = None) -> Tensor:
-    """bool [n]: the largest among those not NaN, equal ones in order of position, by number or by part of the sum."""
+def _largest(value: Tensor, share: float) -> Tensor:
+    """bool [n]: the largest among those not NaN, equal ones in order of position."""
     order = value.nan_to_num(-math.inf).argsort(descending=True, stable=True)[: int((~value.isnan()).sum())]
-    limit = max(1, math.floor(share * len(order)))
-    if coverage is not None:
-        limit = int((value[order].cumsum(0) - value[order] < coverage * value[order].sum()).sum())
-    return torch.zeros_like(value, dtype=torch.bool).index_fill(0, order[:limit], True)
+    return torch.zeros_like(value, dtype=torch.bool).index_fill(
+        0, order[: max(1, math.floor(share * len(order)))], True
+    )
 
 
 def _deviating(deviation: Tensor, segments: list[Segment], policy: Relay | CacheBlend) -> Tensor:

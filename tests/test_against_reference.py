@@ -218,8 +218,10 @@ def check_margin(policy: Policy, result: Result, segments: list[Segment]) -> Non
             "choose another seed"
         )
     if isinstance(policy, Probe) and policy.coverage is not None:
-        held, total = result.measured[result.selected].sum(), result.measured.nansum()
-        before = held - result.measured[result.selected].min()
+        assert result.mass is not None
+        held, total = result.mass[result.selected].sum(), result.mass.nansum()
+        lowest = result.measured.where(result.selected, torch.inf).argmin()
+        before = held - result.mass[lowest]
         assert before / total < policy.coverage - SCORE_MARGIN and held / total > policy.coverage + SCORE_MARGIN
 
 

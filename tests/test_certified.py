@@ -48,6 +48,12 @@ def test_the_cheapest_that_is_certified(bound: str, policy: str, budget: Budget 
     assert choose(RelayConfig(bound=bound), CERTIFICATE)[:2] == (policy, budget)
 
 
+def test_a_budget_of_the_operator_s_must_have_been_measured() -> None:
+    some = made(candidate("probe", "0.1", 4e-3, 0.1), candidate("probe", "0.3", 2e-3, 0.3))
+    assert choose(RelayConfig(budget=Budget("share", 0.3)), some)[:2] == ("probe", Budget("share", 0.3))
+    assert choose(RelayConfig(budget=Budget("share", 0.05)), some)[:2] == (None, None)
+
+
 def test_what_was_measured_with_further_parameters_is_no_default() -> None:
     odd = msgspec.structs.replace(candidate("rotate", None, 1e-3, 0.0), params={"relay_correction": True})
     assert choose(RelayConfig(), made(odd, candidate("probe", "0.3", 2e-3, 0.3)))[:2] == ("probe", Budget("share", 0.3))

@@ -173,7 +173,7 @@ def test_repair_comes_closer_to_full_prefill(
 @pytest.mark.parametrize("mutate", get_args(Mutation))
 @pytest.mark.parametrize(
     "policy",
-    [ROTATE, RELAY, Relay(1, LAYERS - 1, 1.2, 5), LegoLink(), CacheBlend(), Probe()],
+    [ROTATE, RELAY, Relay(1, LAYERS - 1, 1.2, 5), LegoLink(), CacheBlend(), Probe(0.15, queries=5)],
     ids=["rotate", "relay", "relay-to-end", "legolink", "cacheblend", "probe"],
 )
 def test_mutations_move_the_logits(
@@ -235,7 +235,8 @@ def test_probe_scores_what_its_definition_says(
     """By Hugging Face's attention over a cache that holds the segments and what precedes them, and nothing else."""
     transformers = pytest.importorskip("transformers")
     prompt, segments, _ = chain
-    result, rotated = reference.run(prompt, segments, Probe(0.25, queries=6)), reference.run(prompt, segments, ROTATE)
+    plain = Probe(0.25, queries=6, interpolates=False)
+    result, rotated = reference.run(prompt, segments, plain), reference.run(prompt, segments, ROTATE)
     held, probing = [*range(50), *range(58, 100)], [*range(114, 120)]
     cache = transformers.DynamicCache()
     for layer in range(LAYERS):
@@ -267,13 +268,20 @@ def test_probe_scores_what_its_definition_says(
     assert int(result.measured.isfinite().sum()) == len(want) == 82
     ranked = sorted(want, key=lambda p: -want[p])
     assert result.selected.nonzero()[:, 0].tolist() == sorted(ranked[: int(0.25 * 82)])
-    covered = reference.run(prompt, segments, Probe(coverage=0.6, queries=6)).selected.nonzero()[:, 0].tolist()
-    most, enough = ranked[: len(covered)], 0.6 * sum(want.values())
-    assert covered == sorted(most)
-    assert sum(want[p] for p in most[:-1]) < enough <= sum(want[p] for p in most)
+    begins = {p: p - s.start for s in segments for p in range(s.start, s.stop)}
+    rooted = sorted(want, key=lambda p: -((want[p] * (begins[p] + 4) ** -0.35) ** 0.5))
+    assert rooted != ranked
+    for interpolates, by_rank in ((False, ranked), (True, rooted)):
+        policy = Probe(coverage=0.6, queries=6, interpolates=interpolates)
+        covered = reference.run(prompt, segments, policy).selected.nonzero()[:, 0].tolist()
+        most, enough = by_rank[: len(covered)], 0.6 * sum(want.values())
+        assert covered == sorted(most)
+        assert sum(want[p] for p in most[:-1]) < enough <= sum(want[p] for p in most)
 
 
-@pytest.mark.parametrize("policy", [Probe(), Probe(queries=5), LegoLink(7)], ids=str)
+@pytest.mark.parametrize(
+    "policy", [Probe(interpolates=False), Probe(queries=5, interpolates=False), LegoLink(7)], ids=str
+)
 def test_selected_tokens_are_computed_like_fresh_ones(
     reference: Reference, chain: tuple[list[int], list[Segment], Result], policy: Policy
 ) -> None:
@@ -300,3 +308,29 @@ def test_chunks_between_segments_change_only_what_the_probe_sees(
     cut_up, at_once = (reference.run(prompt, segments, Probe(queries=6, chunks=c)) for c in (chunks, ()))
     # Before position 10 nothing is relayed; 50 to 57 lie between the segments.
     assert torch.allclose(cut_up.measured, at_once.measured, equal_nan=True) == (max(chunks) <= 10)
+
+
+def test_interpolation_is_the_regression_that_scipy_solves(
+    reference: Reference, chain: tuple[list[int], list[Segment], Result]
+) -> None:
+    """Values of layer 1, with a Cholesky solver."""
+    scipy = pytest.importorskip("scipy.linalg")
+    prompt, segments, _ = chain
+    result = reference.run(prompt, segments, Probe(queries=6))
+    for s in segments:
+        at = torch.arange(s.start, s.stop)
+        chosen = result.selected[at]
+        source = torch.arange(s.stop - s.start) + s.source
+        looks = [reference._turn(s.k[layer], 0 * source, source).flatten(1) for layer in (1, 3, 4)]
+        looks += [s.v[layer].flatten(1) for layer in (1, 3, 4)]
+        unit = [x / x.norm(dim=-1, keepdim=True) for x in looks]
+        cosine = torch.stack([x @ x.T for x in unit]).mean(0)
+        place = torch.log(torch.arange(s.stop - s.start, dtype=torch.float64) + 4)
+        kernel = torch.exp(4 * (cosine - 1) - (place[:, None] - place[None, :]).abs())
+        change = (result.v[1, at] - s.v[1])[chosen].flatten(1)
+        ridge = kernel[chosen][:, chosen] + 0.2 * torch.eye(int(chosen.sum()), dtype=torch.float64)
+        want = s.v[1].flatten(1)[~chosen] + kernel[~chosen][:, chosen] @ torch.from_numpy(
+            scipy.solve(ridge.numpy(), change.numpy(), assume_a="pos")
+        )
+        assert torch.allclose(result.v[1, at[~chosen]].flatten(1), want, atol=1e-9)
+        assert not torch.allclose(result.v[1, at[~chosen]], s.v[1][~chosen], atol=1e-3)

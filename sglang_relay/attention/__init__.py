@@ -1,15 +1,20 @@
 """Attention of an arbitrary sorted set of query positions over a request's KV, masked by absolute position."""
 
+from sglang_relay.attention.engines import AttentionEngine, Heads, StageAttention, TorchAttention, choose_engine
 from sglang_relay.attention.interpolation import Interpolation, parts_of
 from sglang_relay.attention.scores import ProbeRows, plan_probe, probe_scores
-from sglang_relay.attention.torch_sdpa import AttentionPlan, Sequence, attend, plan_attention
+from sglang_relay.attention.torch_sdpa import Sequence, attend, plan_attention
 
 __all__ = [
-    "AttentionPlan",
+    "AttentionEngine",
+    "Heads",
     "Interpolation",
     "ProbeRows",
     "Sequence",
+    "StageAttention",
+    "TorchAttention",
     "attend",
+    "choose_engine",
     "parts_of",
     "plan_attention",
     "plan_probe",

@@ -12,8 +12,11 @@ Deviation falls with the distance from a segment's start (policy-study.md), henc
 is the same idea with fixed factors (.25 for V, .40 for K) and eight neighbours; the regression finds its factors
 itself, and gives nothing where no recomputed token is alike. What it brings: docs/fidelity.md.
 
+Tensor-parallel ranks interpolate by their own heads' likeness: answers differ between degrees of parallelism by a part
+of what the interpolation leaves.
+
 FLOPs of a part of n tokens, m of them recomputed, with e elements of K and V per token and layer: ``2 n m e`` per
-layer, and ``8 n m e`` once.
+layer, and ``6 n m e`` once. Beside the pool it needs one layer's K and V of the recomputed tokens, and the weights.
 """
 
 from __future__ import annotations
@@ -72,16 +75,6 @@ class _Tokens(NamedTuple):
     forth: tuple[torch.Tensor, torch.Tensor]
 
 
-class _Prepared(NamedTuple):
-    """weights: [u, m] in the pool's dtype, changes of chosen tokens to changes of kept ones. before: per layer, donor K
-    (turned back) and V of the chosen tokens, float32 [m, e_k + e_v]."""
-
-    kept: _Tokens
-    chosen: _Tokens
-    weights: torch.Tensor
-    before: list[torch.Tensor]
-
-
 class Interpolation:
     """Of one prompt. Made when donor KV is placed and before anything of it is recomputed."""
 
@@ -94,26 +87,25 @@ class Interpolation:
         buffers: tuple[Sequence[torch.Tensor], Sequence[torch.Tensor]],
         rotary: Rotation,
     ) -> None:
-        """slots, positions, index: int64 [n], slot, prompt position and place in the donor's text of each reused token.
-        buffers: K and V, per layer [slots, kv_heads, dim]; K carries positions."""
+        """parts: not empty. slots, positions, index: int64 [n], slot, prompt position and place in the donor's text of
+        each reused token. buffers: K and V, per layer [slots, kv_heads, dim]; K carries positions."""
         self._rotary = rotary
-        self._applied = FIRST_LAYER - 1
         self._layers = list(zip(*buffers, strict=True))
-        self._parts = [self._prepare(part, slots, positions, torch.log(index.float() + OFFSET)) for part in parts]
-
-    def _prepare(self, part: Part, slots: torch.Tensor, positions: torch.Tensor, place: torch.Tensor) -> _Prepared:
-        kept, chosen = (torch.from_numpy(rows).to(slots.device) for rows in part)
-        tokens = [self._tokens(slots, positions, rows) for rows in (kept, chosen)]
-        before = [self._read(keys, values, tokens[1]) for keys, values in self._layers]
-        near = [(place.index_select(0, rows)[:, None] - place.index_select(0, chosen)).abs() for rows in (kept, chosen)]
-        likeness, gram = (_kernel(self._cosine(t, tokens[1]), n) for t, n in zip(tokens, near, strict=True))
-        gram.diagonal().add_(NOISE)
-        factor, _ = torch.linalg.cholesky_ex(gram)  # does not wait for the device, as cholesky does
-        weights = likeness @ torch.cholesky_inverse(factor)
-        # In the pool's precision, whose rounding is far below the regression's error.
-        dtype = self._layers[0][0].dtype
-        fast = dtype if dtype in (torch.bfloat16, torch.float16) else torch.float32
-        return _Prepared(tokens[0], tokens[1], weights.to(fast), before)
+        self._next = FIRST_LAYER
+        rows = [_at(np.concatenate(rows), slots.device) for rows in zip(*parts, strict=True)]
+        self._kept, self._chosen = (self._tokens(slots, positions, r) for r in rows)
+        sizes = [(len(part.kept), len(part.chosen)) for part in parts]
+        place = torch.log(index.float() + OFFSET)
+        weights = self._weights(sizes, [place.index_select(0, r) for r in rows])
+        # All parts in one product: one launch for a prompt, however many segments it has.
+        self._kept_at, self._chosen_at = (
+            _at(np.concatenate([np.arange(n) + i * max(column) for i, n in enumerate(column)]), slots.device)
+            for column in zip(*sizes, strict=True)
+        )
+        self._padded = weights[0].new_zeros(len(parts), *(max(column) for column in zip(*sizes, strict=True)))
+        for padded, part in zip(self._padded, weights, strict=True):
+            padded[: part.shape[0], : part.shape[1]] = part
+        self._before = self._snapshot()
 
     def _tokens(self, slots: torch.Tensor, positions: torch.Tensor, rows: torch.Tensor) -> _Tokens:
         at = positions.index_select(0, rows)
@@ -121,39 +113,70 @@ class Interpolation:
         return _Tokens(slots.index_select(0, rows), (cos, sin), (cos, -sin))
 
     def _read(self, keys: torch.Tensor, values: torch.Tensor, of: _Tokens) -> torch.Tensor:
-        """float32 [t, e_k + e_v]."""
+        """float32 [t, e_k + e_v], keys turned back to position 0."""
         key = self._rotary.rotate(keys.index_select(0, of.slots).float(), *of.back)
         return torch.cat((key.flatten(1), values.index_select(0, of.slots).float().flatten(1)), 1)
 
-    def _cosine(self, some: _Tokens, others: _Tokens) -> torch.Tensor:
-        """float32 [some, others]."""
-        count = len(self._layers)
-        layers = [self._layers[count * quarter // 4] for quarter in (1, 2, 3)]
-        width = layers[0][0][0].numel()
-        total = torch.zeros((), device=some.slots.device)
-        for keys, values in layers:
-            a, b = (self._read(keys, values, of).tensor_split([width], 1) for of in (some, others))
-            for x, y in zip(a, b, strict=True):
-                total = total + torch.nn.functional.normalize(x) @ torch.nn.functional.normalize(y).T
-        return total / (2 * len(layers))
+    def _weights(self, sizes: list[tuple[int, int]], places: list[torch.Tensor]) -> list[torch.Tensor]:
+        """Per part [u, m]: changes of chosen tokens to changes of kept ones."""
+        kept, chosen = self._looks(self._kept), self._looks(self._chosen)
+        dtype = self._layers[0][0].dtype
+        # Half precision, whose rounding is far below the regression's error, where there are instructions for it.
+        half = dtype is torch.bfloat16 or (dtype is torch.float16 and kept.is_cuda)
+        found = []
+        for u, m, near_u, near_m in zip(
+            kept.split([u for u, _ in sizes]),
+            chosen.split([m for _, m in sizes]),
+            places[0].split([u for u, _ in sizes]),
+            places[1].split([m for _, m in sizes]),
+            strict=True,
+        ):
+            gram = _kernel(m @ m.T, near_m, near_m)
+            gram.diagonal().add_(NOISE)
+            factor, _ = torch.linalg.cholesky_ex(gram)  # does not wait for the device
+            weights = _kernel(u @ m.T, near_u, near_m) @ torch.cholesky_inverse(factor)
+            found.append(weights.to(dtype) if half else weights)
+        return found
+
+    def _looks(self, of: _Tokens) -> torch.Tensor:
+        """float32 [t, ...]: products of two rows are the mean cosine."""
+        found = []
+        for quarter in (1, 2, 3):
+            keys, values = self._layers[len(self._layers) * quarter // 4]
+            sides = self._read(keys, values, of).tensor_split([keys[0].numel()], 1)
+            found += [torch.nn.functional.normalize(side) for side in sides]
+        return torch.cat(found, 1) * len(found) ** -0.5
+
+    def _snapshot(self) -> torch.Tensor | None:
+        """Donor K and V of the chosen tokens in the layer that comes next."""
+        return self._read(*self._layers[self._next], self._chosen) if self._next < len(self._layers) else None
 
     def apply(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> None:
-        """Correct kept tokens of ``layer`` in place, once; every chosen token's fresh K and V are written.
+        """Correct kept tokens of ``layer`` in place, once; every chosen token's fresh K and V are written, and nothing
+        of later layers. Layers come in order.
 
         keys, values: this layer's buffers, [slots, kv_heads, dim].
         """
-        if layer <= self._applied:
+        if layer != self._next or self._before is None:
             return
-        self._applied = layer
-        for kept, chosen, weights, before in self._parts:
-            change = self._read(keys, values, chosen).sub_(before[layer])
-            step = (weights @ change.to(weights.dtype)).float()
-            by_k, by_v = step.tensor_split([keys[0].numel()], 1)
-            by_k = self._rotary.rotate(by_k.unflatten(-1, keys.shape[1:]), *kept.forth)
-            for buffer, by in ((keys, by_k), (values, by_v.unflatten(-1, values.shape[1:]))):
-                now = buffer.index_select(0, kept.slots).float().add_(by)
-                buffer.index_copy_(0, kept.slots, now.to(buffer.dtype))
+        change = self._read(keys, values, self._chosen).sub_(self._before)
+        parts, _, most_chosen = self._padded.shape
+        padded = self._padded.new_zeros(parts * most_chosen, change.shape[1])
+        padded.index_copy_(0, self._chosen_at, change.to(padded.dtype))
+        step = torch.bmm(self._padded, padded.unflatten(0, (parts, most_chosen))).flatten(0, 1)
+        by_k, by_v = step.index_select(0, self._kept_at).float().tensor_split([keys[0].numel()], 1)
+        by_k = self._rotary.rotate(by_k.unflatten(-1, keys.shape[1:]), *self._kept.forth)
+        for buffer, by in ((keys, by_k), (values, by_v.unflatten(-1, values.shape[1:]))):
+            now = buffer.index_select(0, self._kept.slots).float().add_(by)
+            buffer.index_copy_(0, self._kept.slots, now.to(buffer.dtype))
+        self._next += 1
+        self._before = self._snapshot()
 
 
-def _kernel(cosine: torch.Tensor, distance: torch.Tensor) -> torch.Tensor:
-    return torch.exp(SHARPNESS * (cosine - 1.0) - distance)
+def _at(rows: np.ndarray, device: torch.device) -> torch.Tensor:
+    return torch.from_numpy(np.ascontiguousarray(rows, dtype=np.int64)).to(device, non_blocking=True)
+
+
+def _kernel(cosine: torch.Tensor, some: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
+    """some, others: logarithms of the rows' and the columns' places."""
+    return torch.exp(SHARPNESS * (cosine - 1.0) - (some[:, None] - others).abs())

@@ -6,13 +6,29 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
+from sglang.srt.layers.radix_attention import RadixAttention
 from sglang.srt.mem_cache.memory_pool import KVWriteLoc
 
-from sglang_relay.attention import AttentionPlan, Interpolation, ProbeRows, attend, probe_scores
+from sglang_relay.attention import (
+    AttentionEngine,
+    Heads,
+    Interpolation,
+    ProbeRows,
+    StageAttention,
+    choose_engine,
+    probe_scores,
+)
 
 if TYPE_CHECKING:
-    from sglang.srt.layers.radix_attention import RadixAttention
     from sglang.srt.model_executor.forward_batch_info import ForwardBatch
+
+
+def attention_of(runner: Any, wanted: str) -> AttentionEngine:
+    """The implementation ``wanted`` (setting ``attention``) for the model's heads. Raises ConfigError."""
+    layers = [m for m in runner.model.modules() if isinstance(m, RadixAttention)]
+    heads = {Heads(a.tp_q_head_num, a.tp_k_head_num, a.qk_head_dim, a.v_head_dim) for a in layers}
+    pool = runner.token_to_kv_pool.k_buffer[0]
+    return choose_engine(wanted, heads, dtype=runner.dtype, kv_dtype=pool.dtype, device=pool.device)
 
 
 class DeviationProbe:
@@ -72,7 +88,7 @@ class RelayAttentionBackend(AttentionBackend):
         super().__init__()
         self.token_to_kv_pool = runner.token_to_kv_pool
         self.req_to_token_pool = runner.req_to_token_pool
-        self.stage: AttentionPlan | None = None
+        self.stage: StageAttention | None = None
         self.deviation: DeviationProbe | None = None
         self.probe: AttentionProbe | None = None
         self.interpolations: list[Interpolation] = []
@@ -142,5 +158,5 @@ class RelayAttentionBackend(AttentionBackend):
         if layer.layer_id == self.last_of_rows:
             return None
         out = query.new_empty(query.shape[0], layer.tp_q_head_num, layer.v_head_dim)
-        attend(self.stage, query, keys, values, layer.scaling, out)
+        self.stage.attend(query, keys, values, layer.scaling, out)
         return out.flatten(1)

@@ -60,13 +60,18 @@ def _borrowed(relay: RelayManager, runner: Any) -> Iterator[tuple[int, torch.Ten
     allocator, rows = relay.tree.token_to_kv_pool_allocator, runner.req_to_token_pool
     page = allocator.page_size
     want = max(max(s.context + s.rows, 2 * s.placed) for s in calibration_shapes())
-    count = min(-(-want // page) * page, allocator.available_size(), rows.max_context_len) // page * page
-    taken = rows.alloc_rows(1)
-    slots = allocator.alloc(count) if taken else None
+    count, taken, slots, error = 0, None, None, None
     try:
-        got = bool(taken) and slots is not None
-        if not relay.consensus.agree(got, count) or slots is None:
-            raise RuntimeError(f"no row of the request pool, or no {count} KV slots")
+        try:
+            count = min(-(-want // page) * page, allocator.available_size(), rows.max_context_len) // page * page
+            taken = rows.alloc_rows(1)
+            slots = allocator.alloc(count) if taken else None
+            if taken and slots is not None:
+                rows.write((taken[0], slice(0, count)), slots.to(torch.int32))
+        except Exception as caught:
+            error = caught
+        if not relay.consensus.agree(error is None and slots is not None, count) or not taken or slots is None:
+            raise RuntimeError(f"no row of the request pool, or no {count} KV slots") from error
         yield taken[0], slots.long()
     finally:
         if slots is not None:
@@ -77,13 +82,17 @@ def _borrowed(relay: RelayManager, runner: Any) -> Iterator[tuple[int, torch.Ten
 
 @contextmanager
 def _forward_stream(runner: Any) -> Iterator[None]:
-    """The stream on which the scheduler runs forwards, so that memory of these passes is found again there."""
+    """The stream on which the scheduler runs forwards when it overlaps, so that memory of these passes is found again
+    there. What was launched before is done by then, and all of this when it is left."""
     if torch.device(runner.device).type == "cpu":
         yield
         return
     device = torch.get_device_module(runner.device)
-    with device.stream(runner.forward_stream):
-        yield
+    runner.forward_stream.wait_stream(device.current_stream())
+    try:
+        with device.stream(runner.forward_stream):
+            yield
+    finally:
         device.synchronize()
 
 
@@ -102,7 +111,6 @@ class _Passes:
         self._positions = min(runner.model_config.context_len, rotary.positions)
         self._compiles = torch.device(runner.device).type != "cpu"
         self._seen: set[Shape] = set()
-        runner.req_to_token_pool.write((row, slice(0, len(slots))), slots.to(torch.int32))
 
     def measure(self, shape: Shape) -> float:
         """Seconds on rank 0, on every rank; NaN where the shape does not fit. A collective."""
@@ -150,8 +158,14 @@ class _Passes:
     def _relayed(self, batch: ForwardBatch) -> None:
         """As a served one that has nothing to copy; its host work belongs to its time."""
         planned = BatchPlan(Rotate(self._runner.model_config.num_hidden_layers), [], [], [])
-        staged = StagedForward(self._runner, batch, planned, self._rotary, 1)
-        staged.prepare()
+        staged = StagedForward(self._runner, batch, planned, self._rotary, self._relay.attention, 1)
+        failure = None
+        try:
+            staged.prepare()
+        except Exception as error:
+            failure = self._relay.failure("prepare", error)
+        if not self._relay.consensus.agree(failure is None, 0):
+            raise Decline(failure or "ranks_disagree", "calibration")
         staged.run(self._relay)
 
     def _batch(self, context: int, rows: int) -> ForwardBatch:

@@ -100,12 +100,15 @@ def warn_of_other_settings(certificate: Certificate | None, settings: dict[str, 
 
 
 def choose(config: RelayConfig, certificate: Certificate | None) -> Choice:
-    """The operator's policy, else the cheapest that is certified within ``config.bound``, else the conservative one."""
+    """The operator's policy, else the cheapest that is certified within ``config.bound``, else the conservative one.
+
+    A budget that the operator sets leaves only the candidates that were measured with it, or take none."""
     if config.policy != "auto":
         return Choice(config.policy, None, "set by the operator")
     if certificate is None:
         return Choice(*CONSERVATIVE, "NO CERTIFICATE for this model: conservative default")
-    plain = tuple(c for c in certificate.candidates if not c.params)
+    wanted = None if config.budget is None else str(config.budget)
+    plain = tuple(c for c in certificate.candidates if not c.params and (wanted is None or c.budget in (None, wanted)))
     best = msgspec.structs.replace(certificate, candidates=plain).cheapest(parse_bound(config.bound))
     if best is None:
         return Choice(None, None, f"the certificate of {certificate.made} allows no policy within {config.bound}")

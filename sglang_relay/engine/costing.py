@@ -115,10 +115,14 @@ class Costs:
         """Run ``forward``, ModelRunner.forward, and take the time of a prefill."""
         if not measurable(batch):
             return forward(runner, batch, *args, **kwargs)
-        ranges = _ranges(batch)
+        try:
+            features = together([stock_features(*r) for r in _ranges(batch)])
+        except Exception as error:
+            self._failure("time", error)
+            features = None
         watch = self.start(runner.device)
         output = forward(runner, batch, *args, **kwargs)
-        self.take("stock", watch, lambda: together([stock_features(*r) for r in ranges]))
+        self.take("stock", watch, lambda: features)
         return output
 
     def take_relayed(
@@ -154,7 +158,7 @@ class Costs:
             self._failure("time", error)
             return None
 
-    def take(self, path: str, watch: Stopwatch | None, features: Callable[[], Features]) -> None:
+    def take(self, path: str, watch: Stopwatch | None, features: Callable[[], Features | None]) -> None:
         """Called by all ranks after the same forwards. The first one of a path pays for what later ones find warm."""
         self._forwards[path] += 1
         if self._forwards[path] == 1:

@@ -17,7 +17,7 @@ from sglang.srt.model_executor.model_runner import ModelRunnerOutput
 from sglang.srt.runtime_context import get_parallel
 from sglang_relay_kernels.realign import realign  # pyright: ignore[reportMissingImports]
 
-from sglang_relay.attention import Interpolation, parts_of, plan_attention
+from sglang_relay.attention import AttentionEngine, Interpolation, parts_of
 from sglang_relay.engine.audit import AUDITED, divergence
 from sglang_relay.engine.backend import AttentionProbe, DeviationProbe, RelayAttentionBackend
 from sglang_relay.engine.layout import Layout, Span
@@ -46,9 +46,16 @@ class StagedForward:
     holds the model's collectives, and agrees wherever the relay's own code ran between them."""
 
     def __init__(
-        self, runner: Any, batch: ForwardBatch, planned: BatchPlan, rotary: DeltaRotary, probe_queries: int
+        self,
+        runner: Any,
+        batch: ForwardBatch,
+        planned: BatchPlan,
+        rotary: DeltaRotary,
+        attention: AttentionEngine,
+        probe_queries: int,
     ) -> None:
         self.runner = runner
+        self.attention = attention
         self.batch = batch
         self.policy = planned.policy
         self.plans = planned.plans
@@ -104,7 +111,7 @@ class StagedForward:
 
     def _stage(self, rows: np.ndarray, missing: np.ndarray | None = None) -> Stage:
         sequences = self.layout.sequences(rows, missing)
-        attention = plan_attention(sequences, dtype=self.runner.dtype, device=self.layout.device)
+        attention = self.attention.plan(sequences, dtype=self.runner.dtype, device=self.layout.device)
         return Stage(self.runner.model, self.layout, self.backend, rows, attention)
 
     def _rows_with_logits(self) -> np.ndarray:
@@ -209,6 +216,7 @@ class StagedForward:
         """All ranks came this far with the same ``digest``; else Decline on all of them."""
         if self.backend.failure is not None:
             failure = relay.failure("attention", self.backend.failure)
+            self.backend.failure.__traceback__ = None  # its frames hold the tensors of this pass
         if not relay.consensus.agree(failure is None, digest):
             raise Decline(failure or "ranks_disagree", "one rank failed, or the selected rows differ")
 
@@ -251,11 +259,11 @@ class StagedForward:
             spans = layout.approximate(number)
             if not spans or (signal is None and policy.signal != "none"):
                 continue
-            view, rows = self._view(spans, signal), layout.rows_of(spans)
+            view, reused = self._view(spans, signal), layout.rows_of(spans)
             keep = policy.select(view, plan.budget).cpu().numpy()
-            chosen = rows[keep]
+            chosen = reused[keep]
             if policy.interpolates:
-                self._interpolate(view, rows, keep)
+                self._interpolate(view, reused, keep)
             active[chosen] = True
             self.selected[number] = len(chosen)
             self.work[number] += len(chosen) * (policy.until - policy.whole)
@@ -333,7 +341,7 @@ def relay_forward(
     """
     began = time.perf_counter()
     watch = None if relay.costs is None else relay.costs.start(runner.device)
-    staged = StagedForward(runner, batch, planned, rotary, relay.config.probe_queries)
+    staged = StagedForward(runner, batch, planned, rotary, relay.attention, relay.config.probe_queries)
     reason, step = None, "prepare"
     try:
         staged.prepare()
@@ -356,6 +364,7 @@ def relay_forward(
             reason = relay.failure("forward", error)
         else:
             if planned.audits:
+                del staged  # the stock forward needs its memory
                 return _audited(original, relay, planned, logits, runner, batch, *args, **kwargs)
             runner.forward_pass_id += 1
             relay.count_work(planned, work)
@@ -365,6 +374,7 @@ def relay_forward(
             if relay.costs is not None:
                 relay.costs.take_relayed(watch, batch, planned.policy, planned.plans, work)
             return ModelRunnerOutput(logits_output=logits, can_run_graph=False)
+    del staged  # the stock forward needs its memory, the more so if that was what failed
     planned.fell_back = reason or "ranks_disagree"
     relay.stats.fallback()
     return original(runner, batch, *args, **kwargs)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from sglang.srt.managers.schedule_batch import FINISH_ABORT
 
+from sglang_relay.attention import AttentionEngine
 from sglang_relay.breaker import Band
 from sglang_relay.budget import Budget
 from sglang_relay.config import RelayConfig
@@ -69,6 +70,7 @@ class RelayManager:
         config: RelayConfig,
         tree: RelayCache,
         consensus: Consensus,
+        attention: AttentionEngine,
         *,
         num_layers: int,
         pool_slots: int,
@@ -85,6 +87,7 @@ class RelayManager:
         self.config = config
         self.tree = tree
         self.consensus = consensus
+        self.attention = attention
         self.isolated = isolated
         self.unsupported = unsupported
         self.namespaces = Namespaces(secret)

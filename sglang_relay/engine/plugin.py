@@ -49,7 +49,9 @@ def build_tree(ctx: TreeCacheBuildContext) -> Any:
     from sglang.srt.mem_cache.registry import create_unified_radix_cache
     from sglang.srt.runtime_context import get_memory, get_observability, get_schedule
 
+    from sglang_relay.attention import TorchAttention
     from sglang_relay.engine import hooks as hooking
+    from sglang_relay.engine.backend import attention_of
     from sglang_relay.engine.calibration import calibrate_costs
     from sglang_relay.engine.certified import (
         CONSERVATIVE,
@@ -91,6 +93,7 @@ def build_tree(ctx: TreeCacheBuildContext) -> Any:
         config,
         tree,
         consensus,
+        TorchAttention() if reasons else attention_of(runner, config.attention),
         num_layers=runner.model_config.num_hidden_layers,
         pool_slots=0 if reasons else runner.token_to_kv_pool.k_buffer[0].shape[0],
         chunk=(chunk := _chunk(get_schedule().chunked_prefill_size)),
@@ -180,6 +183,7 @@ def _state(relay: Any, hooks: list[Any], isolated: bool, settings: dict[str, Any
         "hooks": {h.target: h.target not in absent for h in hooks},
         "config": {name: _plain(getattr(relay.config, name)) for name in type(relay.config).__dataclass_fields__},
         "layer_range": str(relay.layers),
+        "attention": relay.attention.name,
         "weight_epoch": relay.namespaces.epoch,
         "index": relay.index.stats(),
         "settings": settings,

@@ -21,7 +21,7 @@ from sglang.srt.model_executor.forward_batch_info import ForwardMode
 from sglang.srt.model_executor.forward_context import ForwardContext, forward_context
 from sglang.srt.runtime_context import get_model
 
-from sglang_relay.attention import AttentionPlan
+from sglang_relay.attention import StageAttention
 from sglang_relay.engine.backend import LayerDone, RelayAttentionBackend
 from sglang_relay.engine.layout import Layout
 
@@ -33,7 +33,7 @@ class Stage:
     """rows: int64 numpy, ascending rows of the layout. attention: planned for these rows."""
 
     def __init__(
-        self, model: Any, layout: Layout, backend: RelayAttentionBackend, rows: np.ndarray, attention: AttentionPlan
+        self, model: Any, layout: Layout, backend: RelayAttentionBackend, rows: np.ndarray, attention: StageAttention
     ) -> None:
         self.rows = rows
         self._model = model

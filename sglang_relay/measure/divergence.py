@@ -51,8 +51,7 @@ class MeasureError(RuntimeError):
     """The server did not do what the measurement relies on; the message says what."""
 
 
-@dataclass(frozen=True, slots=True)
-class Choice:
+class Choice(NamedTuple):
     """A policy as a request asks for it: the label it is reported under, and its ``custom_params``."""
 
     label: str

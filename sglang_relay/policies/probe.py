@@ -34,15 +34,15 @@ class Probe(Policy):
 
     def select(self, view: PromptView, budget: Budget | None) -> torch.Tensor:
         """One ranking over all segments of the prompt."""
-        score = view.signal_or_raise() ** (SPREAD if self.interpolates else 1.0)
-        score = score * (view.index + PRIOR_OFFSET).float() ** PRIOR_EXPONENT
+        signal, prior = view.signal_or_raise(), (view.index + PRIOR_OFFSET).float() ** PRIOR_EXPONENT
+        score = signal ** (SPREAD if self.interpolates else 1.0) * prior
         budget = budget or self.default_budget
         keep = largest(score, budget.limit(score.numel(), view.segments))
         if budget.kind != "coverage":
             return keep
         ranked = torch.argsort(score, descending=True, stable=True)
-        before = torch.cumsum(score[ranked].double(), 0) - score[ranked].double()
-        keep[ranked] = before < budget.amount * score.double().sum()
+        mass = (signal * prior)[ranked].double()
+        keep[ranked] = torch.cumsum(mass, 0) - mass < budget.amount * mass.sum()
         return keep
 
     def expected_share(self, budget: Budget | None) -> float:
