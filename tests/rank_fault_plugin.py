@@ -19,6 +19,7 @@ class Injected(RuntimeError):
 
 def load() -> None:
     from sglang_relay import index
+    from sglang_relay.attention import engines
     from sglang_relay.engine import backend, forward, manager, stage
     from sglang_relay.plan import RelayPlan
     from sglang_relay.policies.relay import DeviationPolicy
@@ -28,7 +29,7 @@ def load() -> None:
     _wrap(manager, "new_report", {"adopt": _raise})
     _wrap(RelayPlan, "check", {"plan": _raise})
     _wrap(forward.StagedForward, "prepare", {"prepare": _raise})
-    _wrap(backend, "attend", {"attention": _raise})
+    _wrap(engines, "attend", {"attention": _raise})
     _wrap(backend.DeviationProbe, "measure", {"measure": _raise})
     _wrap(stage.Stage, "take_over", {"hand_over": _raise})
     _wrap(forward, "realign", {"place": _raise})

@@ -167,7 +167,8 @@ def _corrupt_copy() -> Any:
 
 def _places(scheduler: Any) -> dict[str, Any]:
     from sglang_relay import index
-    from sglang_relay.engine import backend, forward, manager, stage
+    from sglang_relay.attention import Interpolation, engines
+    from sglang_relay.engine import forward, manager, stage
     from sglang_relay.plan import RelayPlan
     from sglang_relay.policies.probe import Probe
 
@@ -178,7 +179,8 @@ def _places(scheduler: Any) -> dict[str, Any]:
         "prepare": (forward.StagedForward, "prepare", _raising),
         "place": (forward, "realign", _raising),
         "forward": (forward.StagedForward, "run", _raising),
-        "attention": (backend, "attend", _raising),
+        "attention": (engines, "attend", _raising),
+        "interpolate": (Interpolation, "apply", _raising),
         "hand_over": (stage.Stage, "take_over", _raising),
         "select": (Probe, "select", _raising),
         "learn": (index.ContentIndex, "learn", _raising),

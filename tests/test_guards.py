@@ -181,6 +181,7 @@ FAULTS = {
     "place": "internal_error:place",
     "forward": "internal_error:forward",
     "attention": "internal_error:attention",
+    "interpolate": "internal_error:attention",
     "hand_over": "internal_error:hand_over",
     "select": "internal_error:select",
     "slots": "bad_plan",
@@ -213,7 +214,7 @@ def test_a_failure_is_named_and_answered_exactly(
     assert report_of(ask(server, [9, *prompt]))["declined"] is None, "it relays again once nothing fails"
 
 
-@pytest.mark.parametrize("fault", ["prepare", "forward", "attention", "hand_over", "select"])
+@pytest.mark.parametrize("fault", ["prepare", "forward", "attention", "interpolate", "hand_over", "select"])
 def test_a_failed_batch_answers_like_stock(
     server: Server, inspector: Inspector, rng: random.Random, fault: str
 ) -> None:
