@@ -94,12 +94,12 @@ def test_a_prompt_of_several_chunks_is_not_audited(world: World, rng: random.Ran
 
 @pytest.mark.parametrize(
     ("fault", "policy", "budget"),
-    [("rotation", "probe_only", 0.3), ("stale", "probe_only", 0.31), ("corrupt", "probe_only", 0.32)],
+    [("rotation", "probe_only", 0.3), ("stale", "probe_only", 0.31), ("corrupt", "probe", 0.32)],
 )
 def test_a_fault_is_caught_and_the_server_goes_on(
     world: World, inspector: Inspector, rng: random.Random, fault: str, policy: str, budget: float
 ) -> None:
-    """Under a policy that keeps donor KV as it is: interpolation mends much of what a wrong or stale copy spoils."""
+    """Rotation and donor under a policy that keeps donor KV as it is: interpolation mends much of what they spoil."""
     params, tier = {"relay_policy": policy, "relay_budget": budget}, f"{policy}@{budget:g}"
     for _ in range(SOUND):
         assert world.report(world.prompt(rng), **params)["declined"] == "audited"

@@ -21,7 +21,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from sglang_relay.attention.torch_sdpa import Sequence
+from sglang_relay.attention.torch_sdpa import Sequence, seen_keys
 
 TILE = 128
 LOAD = 64
@@ -72,20 +72,6 @@ def plan_runs(sequences: list[Sequence], *, group: int) -> RunPlan:
     costs = {form: _cost(rows, starts[form], group, causal[form]) for form in starts}
     form = min(costs, key=lambda name: (costs[name], len(starts[name])))
     return _lay_out(rows, starts[form], form, causal[form], costs)
-
-
-def seen_keys(sequence: Sequence) -> np.ndarray:
-    """int64 [rows]: how many keys each row sees. Raises ValueError as `plan_runs`."""
-    positions, slots, keys = sequence
-    if len(positions) and not (positions[0] >= 0 and bool((np.diff(positions) > 0).all())):
-        raise ValueError("query positions must be ascending")
-    at = np.arange(len(slots)) if keys is None else keys
-    if len(at) != len(slots) or not bool((np.diff(at) > 0).all()):
-        raise ValueError("key positions must be ascending, one per slot")
-    seen = np.searchsorted(at, positions, side="right")
-    if len(positions) and not (seen[0] > 0 and bool((at[seen - 1] == positions).all())):
-        raise ValueError("a query's own key is missing")
-    return seen
 
 
 def _padded(rows: np.ndarray) -> np.ndarray:

@@ -59,10 +59,10 @@ def plan_attention(sequences: list[Sequence], *, dtype: torch.dtype, device: tor
     """
     planned = []
     first = 0
-    for positions, slots, keys in sequences:
-        blocks = _blocks(positions, slots.numel(), keys, first, dtype, device)
-        planned.append(_SequencePlan(slots, _one_run(slots), blocks))
-        first += len(positions)
+    for sequence in sequences:
+        blocks = _blocks(seen_keys(sequence), first, dtype, device)
+        planned.append(_SequencePlan(sequence.slots, _one_run(sequence.slots), blocks))
+        first += len(sequence.positions)
     return AttentionPlan(tuple(planned))
 
 
@@ -75,24 +75,24 @@ def _one_run(slots: torch.Tensor) -> tuple[int, int] | None:
     return low, high + 1
 
 
-def _blocks(
-    positions: np.ndarray,
-    keys: int,
-    key_positions: np.ndarray | None,
-    first: int,
-    dtype: torch.dtype,
-    device: torch.device,
-) -> tuple[_Block, ...]:
-    count = len(positions)
-    if count and not (positions[0] >= 0 and bool((np.diff(positions) > 0).all())):
+def seen_keys(sequence: Sequence) -> np.ndarray:
+    """int64 [rows]: how many keys each row sees. Raises ValueError where rows or keys are out of
+    order, or a row's own key is missing."""
+    positions, slots, keys = sequence
+    if len(positions) and not (positions[0] >= 0 and bool((np.diff(positions) > 0).all())):
         raise ValueError("query positions must be ascending")
-    at = np.arange(keys) if key_positions is None else key_positions
-    if len(at) != keys or not bool((np.diff(at) > 0).all()):
+    at = np.arange(len(slots)) if keys is None else keys
+    if len(at) != len(slots) or not bool((np.diff(at) > 0).all()):
         raise ValueError("key positions must be ascending, one per slot")
     seen = np.searchsorted(at, positions, side="right")
-    """How many keys each query sees."""
-    if count and not bool((at[np.maximum(seen, 1) - 1] == positions).all()):
+    if len(positions) and not (seen[0] > 0 and bool((at[seen - 1] == positions).all())):
         raise ValueError("a query's own key is missing")
+    return seen
+
+
+def _blocks(seen: np.ndarray, first: int, dtype: torch.dtype, device: torch.device) -> tuple[_Block, ...]:
+    """seen: as of `seen_keys`; first: the request's first row in the stage."""
+    count = len(seen)
     blocks = []
     # Leading rows that see just the keys of each other and of themselves: the causal kernel needs no mask.
     lead = int(np.searchsorted(seen != np.arange(1, count + 1), True)) if count else 0

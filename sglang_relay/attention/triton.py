@@ -14,8 +14,7 @@ from sglang_relay_kernels.scattered_attention import (  # pyright: ignore[report
     plan_scattered,
 )
 
-from sglang_relay.attention.run_plan import seen_keys
-from sglang_relay.attention.torch_sdpa import Sequence
+from sglang_relay.attention.torch_sdpa import Sequence, seen_keys
 
 if TYPE_CHECKING:
     from sglang_relay.attention.engines import Heads
