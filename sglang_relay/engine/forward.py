@@ -88,7 +88,7 @@ class StagedForward:
                 self.work[number] += rows * self.layers
         else:
             self.first = self._stage(self._first_rows())
-        if self.policy.signal == "deviation":
+        if self.policy.signal == "deviation" and self.policy.whole < self.policy.until:
             self._prepare_deviation()
 
     def _first_rows(self) -> np.ndarray:
