@@ -158,7 +158,8 @@ class _Passes:
     def _relayed(self, batch: ForwardBatch) -> None:
         """As a served one that has nothing to copy; its host work belongs to its time."""
         planned = BatchPlan(Rotate(self._runner.model_config.num_hidden_layers), [], [], [])
-        staged = StagedForward(self._runner, batch, planned, self._rotary, self._relay.attention, 1)
+        relay = self._relay
+        staged = StagedForward(self._runner, batch, planned, self._rotary, relay.attention, 1, relay.graphs)
         failure = None
         try:
             staged.prepare()

@@ -20,6 +20,7 @@ from sglang_relay_kernels.realign import realign  # pyright: ignore[reportMissin
 from sglang_relay.attention import AttentionEngine, Interpolation, parts_of
 from sglang_relay.engine.audit import AUDITED, divergence
 from sglang_relay.engine.backend import AttentionProbe, DeviationProbe, RelayAttentionBackend
+from sglang_relay.engine.graphs import PrefillGraphs
 from sglang_relay.engine.layout import Layout, Span
 from sglang_relay.engine.probing import ProbePass
 from sglang_relay.engine.stage import Stage
@@ -53,6 +54,7 @@ class StagedForward:
         rotary: DeltaRotary,
         attention: AttentionEngine,
         probe_queries: int,
+        graphs: PrefillGraphs | None = None,
     ) -> None:
         self.runner = runner
         self.attention = attention
@@ -61,6 +63,7 @@ class StagedForward:
         self.plans = planned.plans
         self.rotary = rotary
         self.probe_queries = probe_queries
+        self.graphs = graphs
         self.layers: int = runner.model_config.num_hidden_layers
         self.selected = [0] * len(self.plans)
         self.work = [0] * len(self.plans)
@@ -88,7 +91,7 @@ class StagedForward:
                 self.work[number] += rows * self.layers
         else:
             self.first = self._stage(self._first_rows())
-        if self.policy.signal == "deviation":
+        if self.policy.signal == "deviation" and self.policy.whole < self.policy.until:
             self._prepare_deviation()
 
     def _first_rows(self) -> np.ndarray:
@@ -112,7 +115,7 @@ class StagedForward:
     def _stage(self, rows: np.ndarray, missing: np.ndarray | None = None) -> Stage:
         sequences = self.layout.sequences(rows, missing)
         attention = self.attention.plan(sequences, dtype=self.runner.dtype, device=self.layout.device)
-        return Stage(self.runner.model, self.layout, self.backend, rows, attention)
+        return Stage(self.runner.model, self.layout, self.backend, rows, attention, self.graphs)
 
     def _rows_with_logits(self) -> np.ndarray:
         """Each request's last row, and those whose prompt logprobs are asked for; fresh in every stage."""
@@ -180,9 +183,10 @@ class StagedForward:
         return self._finish(relay, stage, 0)
 
     def _finish(self, relay: RelayManager, stage: Stage, done: int) -> Any:
-        """Layers ``[done, layers)``; of the last one, K and V of all rows, and the rest of it where logits are read."""
+        """Layers ``[done, layers)``; of the last one, K and V of all rows, and the rest of it where logits are read,
+        unless a replay runs all of it anyway."""
         last = self.layers - 1
-        if done >= last or len(self.ends) == len(stage.rows):
+        if done >= last or len(self.ends) == len(stage.rows) or stage.replays(done, self.layers):
             return stage.layers(done, self.layers)
         stage.layers(done, last)
         ends, others = self._next(relay, stage, lambda: [self.ends, stage.rows])
@@ -341,7 +345,8 @@ def relay_forward(
     """
     began = time.perf_counter()
     watch = None if relay.costs is None else relay.costs.start(runner.device)
-    staged = StagedForward(runner, batch, planned, rotary, relay.attention, relay.config.probe_queries)
+    queries = relay.config.probe_queries
+    staged = StagedForward(runner, batch, planned, rotary, relay.attention, queries, relay.graphs)
     reason, step = None, "prepare"
     try:
         staged.prepare()

@@ -22,6 +22,7 @@ from sglang_relay.engine.audit import BREAKER_OPEN, Auditor
 from sglang_relay.engine.consensus import Consensus, digest_of
 from sglang_relay.engine.costing import Costs
 from sglang_relay.engine.donors import EXACT_PREFIX, Donors, Held, tokens_of
+from sglang_relay.engine.graphs import PrefillGraphs
 from sglang_relay.engine.guards import batch_reason, request_reason
 from sglang_relay.engine.matching import Matcher
 from sglang_relay.engine.namespaces import Namespaces, Tenant
@@ -81,13 +82,15 @@ class RelayManager:
         unsupported: list[str],
         budgets: Mapping[str, Budget],
         band_of: Callable[[str], Band],
+        graphs: PrefillGraphs | None,
     ) -> None:
         """``config.policy`` is a policy's name here; budgets: defaults of policies that differ from their own; chunk:
-        most rows of a prefill forward, None without a limit."""
+        most rows of a prefill forward, None without a limit; graphs: replayed where they fit."""
         self.config = config
         self.tree = tree
         self.consensus = consensus
         self.attention = attention
+        self.graphs = graphs
         self.isolated = isolated
         self.unsupported = unsupported
         self.namespaces = Namespaces(secret)

@@ -62,6 +62,7 @@ def build_tree(ctx: TreeCacheBuildContext) -> Any:
         warn_of_other_settings,
     )
     from sglang_relay.engine.consensus import Consensus
+    from sglang_relay.engine.graphs import PrefillGraphs
     from sglang_relay.engine.guards import server_reasons
     from sglang_relay.engine.manager import RelayManager
     from sglang_relay.engine.namespaces import new_secret
@@ -103,6 +104,7 @@ def build_tree(ctx: TreeCacheBuildContext) -> Any:
         unsupported=reasons,
         budgets={} if chosen.policy is None or chosen.budget is None else {chosen.policy: chosen.budget},
         band_of=bands(certificate),
+        graphs=PrefillGraphs(runner) if config.graphs == "auto" else None,
     )
     if relay.costs is not None and rotary is not None:
         calibrate_costs(relay, relay.costs, runner, rotary, chunk)
@@ -184,6 +186,7 @@ def _state(relay: Any, hooks: list[Any], isolated: bool, settings: dict[str, Any
         "config": {name: _plain(getattr(relay.config, name)) for name in type(relay.config).__dataclass_fields__},
         "layer_range": str(relay.layers),
         "attention": relay.attention.name,
+        "graph_passes": None if relay.graphs is None else relay.graphs.passes,
         "weight_epoch": relay.namespaces.epoch,
         "index": relay.index.stats(),
         "settings": settings,
