@@ -125,7 +125,7 @@ def replay(scheduler: Any, context: int, rows: int, ends_early: bool = False) ->
             for buffer, old in zip(pool, before, strict=True):
                 buffer.copy_(old)
             plan = BatchPlan(Rotate(layers), [], [], [])
-            staged = StagedForward(runner, batch, plan, rotary, relay.attention, 1, graphs)
+            staged = StagedForward(runner, batch, plan, rotary, relay.attention, relay.ops, 1, graphs)
             staged.prepare()
             calls.append(_watch(staged.backend))
             if ends_early:

@@ -2,14 +2,12 @@
 
 from sglang_relay.attention.engines import AttentionEngine, Heads, StageAttention, TorchAttention, choose_engine
 from sglang_relay.attention.interpolation import Interpolation, parts_of
-from sglang_relay.attention.scores import ProbeRows, plan_probe, probe_scores
 from sglang_relay.attention.torch_sdpa import Sequence, attend, plan_attention
 
 __all__ = [
     "AttentionEngine",
     "Heads",
     "Interpolation",
-    "ProbeRows",
     "Sequence",
     "StageAttention",
     "TorchAttention",
@@ -17,6 +15,4 @@ __all__ = [
     "choose_engine",
     "parts_of",
     "plan_attention",
-    "plan_probe",
-    "probe_scores",
 ]

@@ -30,6 +30,7 @@ from sglang_relay.engine.planning import Planner
 from sglang_relay.engine.report import REPORT_KEY, Stats
 from sglang_relay.engine.requests import Controls, RelayRequest, new_report, read_controls, relay_of
 from sglang_relay.index import ContentIndex, DepthMap
+from sglang_relay.ops import Ops
 from sglang_relay.plan import Candidate, Decline, Placed, RelayPlan
 from sglang_relay.policies import Policy, make_policies
 
@@ -72,6 +73,7 @@ class RelayManager:
         tree: RelayCache,
         consensus: Consensus,
         attention: AttentionEngine,
+        ops: Ops | None,
         *,
         num_layers: int,
         pool_slots: int,
@@ -85,12 +87,14 @@ class RelayManager:
         graphs: PrefillGraphs | None,
     ) -> None:
         """``config.policy`` is a policy's name here; budgets: defaults of policies that differ from their own; chunk:
-        most rows of a prefill forward, None without a limit; graphs: replayed where they fit."""
+        most rows of a prefill forward, None without a limit; ops: None where nothing will relay; graphs: replayed where
+        they fit."""
         self.config = config
         self.tree = tree
         self.consensus = consensus
         self.attention = attention
         self.graphs = graphs
+        self._ops = ops
         self.isolated = isolated
         self.unsupported = unsupported
         self.namespaces = Namespaces(secret)
@@ -122,6 +126,12 @@ class RelayManager:
         self._logged: set[str] = set()
         self.planner = Planner(tree, self.donors, self._policies, pool_slots)
         self._outstanding: BatchPlan | None = None
+
+    @property
+    def ops(self) -> Ops:
+        if self._ops is None:
+            raise RuntimeError("this server does not relay")
+        return self._ops
 
     @property
     def default_tier(self) -> str:

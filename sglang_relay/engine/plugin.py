@@ -51,7 +51,7 @@ def build_tree(ctx: TreeCacheBuildContext) -> Any:
 
     from sglang_relay.attention import TorchAttention
     from sglang_relay.engine import hooks as hooking
-    from sglang_relay.engine.backend import attention_of
+    from sglang_relay.engine.backend import attention_of, ops_of
     from sglang_relay.engine.calibration import calibrate_costs
     from sglang_relay.engine.certified import (
         CONSERVATIVE,
@@ -95,6 +95,7 @@ def build_tree(ctx: TreeCacheBuildContext) -> Any:
         tree,
         consensus,
         TorchAttention() if reasons else attention_of(runner, config.attention),
+        None if rotary is None else ops_of(runner, rotary, config.probe_queries),
         num_layers=runner.model_config.num_hidden_layers,
         pool_slots=0 if reasons else runner.token_to_kv_pool.k_buffer[0].shape[0],
         chunk=(chunk := _chunk(get_schedule().chunked_prefill_size)),
@@ -187,6 +188,7 @@ def _state(relay: Any, hooks: list[Any], isolated: bool, settings: dict[str, Any
         "layer_range": str(relay.layers),
         "attention": relay.attention.name,
         "graph_passes": None if relay.graphs is None else relay.graphs.passes,
+        "kernels": None if relay.unsupported else relay.ops.names(),
         "weight_epoch": relay.namespaces.epoch,
         "index": relay.index.stats(),
         "settings": settings,
