@@ -60,8 +60,8 @@ class RelayConfig:
     route_above: a prompt with this many fresh tokens behind its last segment per reused token, or more, is prefilled in
     full under ``probe``, whose probe then costs about as much.
     cost_model: whether a prompt is relayed only where that is predicted to save time (``cost.py``).
-    attention: what computes attention of scattered rows: ``torch``, ``flashinfer``, ``triton``, or ``auto``: the first
-    of flashinfer, triton and torch that works, and torch without a CUDA device.
+    attention: what computes attention of scattered rows: ``torch``, ``flashinfer``, ``triton``, or ``auto``:
+    flashinfer and triton, chosen for each pass, or what of them works, else torch; torch without a CUDA device.
     graphs: whether whole passes replay SGLang's captured prefill graphs where they fit: ``auto`` or ``off``.
     default: what a request without ``custom_params.relay`` gets: ``on``, ``exact`` or ``off``.
     donate: what a finished request offers to others: its ``output``, ``all`` of its tokens, or ``none``.
