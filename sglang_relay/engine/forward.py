@@ -17,7 +17,7 @@ from sglang.srt.model_executor.model_runner import ModelRunnerOutput
 from sglang.srt.runtime_context import get_parallel
 from sglang_relay_kernels.realign import realign  # pyright: ignore[reportMissingImports]
 
-from sglang_relay.attention import AttentionEngine, Interpolation, parts_of
+from sglang_relay.attention import AttentionEngine, Interpolation, choose_carrier, parts_of
 from sglang_relay.engine.audit import AUDITED, divergence
 from sglang_relay.engine.backend import AttentionProbe, DeviationProbe, RelayAttentionBackend
 from sglang_relay.engine.layout import Layout, Span
@@ -276,8 +276,9 @@ class StagedForward:
             at = layout.tensor(rows)
             slots, positions = (t.index_select(0, at).long() for t in (layout.out_loc, layout.row_positions))
             buffers = pool.k_buffer, pool.v_buffer
+            index, carrier = view.index.to(layout.device), choose_carrier(buffers, self.rotary)
             self.backend.interpolations.append(
-                Interpolation(parts, slots, positions, view.index.to(layout.device), buffers, self.rotary)
+                Interpolation(parts, slots, positions, index, buffers, self.rotary, carrier)
             )
 
     def _view(self, spans: list[Span], signal: torch.Tensor | None) -> PromptView:
