@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,6 +11,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sglang_relay_kernels import interpolation as kernels  # pyright: ignore[reportMissingImports]
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from triton.runtime.jit import JITFunction
 from triton_interpreter import interpreted
 
 from sglang_relay.attention import Interpolation, TorchCarrier, carry_triton, choose_carrier, parts_of
@@ -112,3 +116,48 @@ def test_pytorch_interpolates_on_the_cpu() -> None:
     of = form(torch.bfloat16)
     keys, values = ([torch.zeros(4, *shape, dtype=of.dtype)] * LAYERS for shape in (of.key, of.value))
     assert choose_carrier((keys, values), table(of)).name == "torch"
+
+
+WAITS = {"_local_scalar_dense", "_linalg_check_errors", "cholesky_inverse", "nonzero", "masked_select", "_unique2"}
+"""Operations that wait for the device, as these do: the copies that `_Waits` sees."""
+
+
+class _Waits(TorchDispatchMode):
+    def __init__(self, pinned: list[torch.Tensor]) -> None:
+        super().__init__()
+        self.pinned, self.found, self.uploads = pinned, [], 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        name = func.__name__.split(".")[0]
+        # A copy in place names the target first.
+        source = args[1] if name == "copy_" else args[0] if name == "_to_copy" else None
+        if source is not None and source.device != out.device:
+            self.uploads += 1
+            if not (kwargs or {}).get("non_blocking") or not any(source is p for p in self.pinned):
+                self.found.append(f"{name} from {source.device} to {out.device}")
+        if name in WAITS:
+            self.found.append(name)
+        return out
+
+
+@pytest.mark.parametrize("carrier", [TorchCarrier(), TritonCarrier()], ids=lambda carrier: carrier.name)
+def test_nothing_waits_for_the_device(carrier: TorchCarrier | TritonCarrier, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a CUDA device that is not there: tensors without data, kernels that do not run."""
+    pinned: list[torch.Tensor] = []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: pinned.append(tensor) or tensor)
+    launched: list[str] = []
+    monkeypatch.setattr(JITFunction, "run", lambda kernel, *_, **__: launched.append(kernel.__name__))
+    of, chosen = form(torch.bfloat16), np.arange(90) % 4 == 0
+    parts = parts_of((0, 60, 90), chosen)
+    with FakeTensorMode(), torch.device("cuda"):
+        keys, values = ([torch.zeros(SLOTS, *s, dtype=of.dtype) for _ in range(LAYERS)] for s in (of.key, of.value))
+        slots, rows = torch.zeros(90, dtype=torch.int64), torch.zeros(POSITIONS, of.rotary_dim)
+        rotary = DeltaRotary.from_table(rows, neox=True, rotary_dim=of.rotary_dim, head_dim=of.key[1])
+        with _Waits(pinned) as waits:
+            made = Interpolation(parts, slots, slots, slots, (keys, values), rotary, carrier)
+            for layer in range(LAYERS):
+                made.apply(layer, keys[layer], values[layer])
+    assert waits.uploads == len(pinned) > 0 and waits.found == []
+    # Two launches per layer from the second on, two looks at each of three, and the first snapshot.
+    assert len(launched) == (2 * (LAYERS - 1) + 2 * 3 + 1 if carrier.name == "triton" else 0)
