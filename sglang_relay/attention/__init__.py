@@ -1,5 +1,7 @@
 """Attention of an arbitrary sorted set of query positions over a request's KV, masked by absolute position."""
 
+from sglang_relay.attention.carriers import choose_carrier
+from sglang_relay.attention.carry_torch import TorchCarrier
 from sglang_relay.attention.engines import AttentionEngine, Heads, StageAttention, TorchAttention, choose_engine
 from sglang_relay.attention.interpolation import Interpolation, parts_of
 from sglang_relay.attention.torch_sdpa import Sequence, attend, plan_attention
@@ -11,7 +13,9 @@ __all__ = [
     "Sequence",
     "StageAttention",
     "TorchAttention",
+    "TorchCarrier",
     "attend",
+    "choose_carrier",
     "choose_engine",
     "parts_of",
     "plan_attention",

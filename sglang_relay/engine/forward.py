@@ -294,8 +294,9 @@ class StagedForward:
             at = layout.tensor(rows)
             slots, positions = (t.index_select(0, at).long() for t in (layout.out_loc, layout.row_positions))
             buffers = pool.k_buffer, pool.v_buffer
+            index = view.index.to(layout.device)
             self.backend.interpolations.append(
-                Interpolation(parts, slots, positions, view.index.to(layout.device), buffers, self.rotary)
+                Interpolation(parts, slots, positions, index, buffers, self.rotary, self.ops.carrier)
             )
 
     def _view(self, spans: list[Span], signal: torch.Tensor | None) -> PromptView:

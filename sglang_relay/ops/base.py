@@ -7,6 +7,8 @@ from typing import NamedTuple, Protocol
 import numpy as np
 import torch
 
+from sglang_relay.attention.interpolation import Carrier
+
 
 class Copier(Protocol):
     """Made once per server, for the buffers of its KV pool."""
@@ -90,7 +92,13 @@ class Ops(NamedTuple):
     copier: Copier
     deviation: Deviation
     probe: ProbeScorer
+    carrier: Carrier
 
     def names(self) -> dict[str, str]:
         """Which implementation does what."""
-        return {"copy": self.copier.name, "deviation": self.deviation.name, "probe": self.probe.name}
+        return {
+            "copy": self.copier.name,
+            "deviation": self.deviation.name,
+            "probe": self.probe.name,
+            "interpolation": self.carrier.name,
+        }

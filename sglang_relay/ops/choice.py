@@ -9,7 +9,7 @@ from typing import NamedTuple, TypeVar
 import numpy as np
 import torch
 
-from sglang_relay.attention import Heads
+from sglang_relay.attention import Heads, choose_carrier
 from sglang_relay.ops.base import Copier, Deviation, Ops, ProbeQueries, ProbeScorer
 from sglang_relay.ops.torch_ops import TorchCopier, TorchDeviation, TorchProbe
 from sglang_relay.rotary import DeltaRotary
@@ -49,7 +49,7 @@ def choose_ops(pool: Pool, rotary: DeltaRotary, heads: set[Heads], *, dtype: tor
     """
     device = pool.keys[0].device
     if device.type != "cuda":
-        chosen = Ops(TorchCopier(*pool, rotary), TorchDeviation(), TorchProbe())
+        chosen = Ops(TorchCopier(*pool, rotary), TorchDeviation(), TorchProbe(), choose_carrier(pool, rotary))
     else:
         properties = torch.cuda.get_device_properties(device)
         chosen = working_kernels(
@@ -106,6 +106,7 @@ def working_kernels(
         _or("copy", copier, lambda: TorchCopier(*pool, rotary)),
         _or("deviation", deviation, TorchDeviation),
         _or("probe", probe, TorchProbe),
+        choose_carrier(pool, rotary),
     )
 
 
