@@ -1,0 +1,63 @@
+"""An SGLang plugin that lets a server on a CPU do what one on a GPU does: the Triton kernels, interpreted, copy,
+measure, score and attend. Beside that it writes down, per relay forward, where the host would wait for the device
+(sync_counter.py). Runs inside the server's processes; must not import from the tests."""
+
+from __future__ import annotations
+
+import json
+import os
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+
+_LOG = Path(os.environ["RELAY_TEST_FORWARDS"])
+_OPEN = ExitStack()
+
+
+def load() -> None:
+    from sglang_relay.engine import backend, forward
+    from sglang_relay.ops import choice
+
+    choice.SLOTS = 512  # the interpreter is slow
+    if os.environ.get("RELAY_TEST_TRITON"):
+        from triton_interpreter import interpreted
+
+        _OPEN.enter_context(interpreted())
+        backend.choose_ops = _kernels
+        backend.choose_engine = _attention
+    _watch(forward.StagedForward)
+
+
+def _kernels(*args: Any, **kwargs: Any) -> Any:
+    from sglang_relay.ops import working_kernels
+
+    return working_kernels(*args, **kwargs, capability=90, multiprocessors=2)
+
+
+def _attention(wanted: str, heads: set[Any], **kwargs: Any) -> Any:
+    from sglang_relay.attention.triton import TritonAttention
+
+    (alike,) = heads
+    return TritonAttention(alike, capability=90, multiprocessors=2)
+
+
+def _watch(staged: Any) -> None:
+    from sync_counter import SyncCounter
+
+    for name in ("prepare", "place", "run"):
+        setattr(staged, name, _counted(getattr(staged, name), name, SyncCounter))
+
+
+def _counted(original: Any, name: str, counter: Any) -> Any:
+    def counted(self: Any, *args: Any, **kwargs: Any) -> Any:
+        host = [v for key, v in vars(self.batch).items() if key.endswith("_cpu") and torch.is_tensor(v)]
+        with counter(host) as waits:
+            result = original(self, *args, **kwargs)
+        record = {"step": name, "policy": self.policy.name, "plans": len(self.plans), "waits": waits.found}
+        with _LOG.open("a", encoding="utf-8") as log:
+            log.write(json.dumps(record) + "\n")
+        return result
+
+    return counted
