@@ -1,6 +1,7 @@
 """An SGLang plugin that lets a server on a CPU do what one on a GPU does: the Triton kernels, interpreted, copy,
 measure, score and attend. Beside that it writes down, per relay forward, where the host would wait for the device
-(sync_counter.py). Runs inside the server's processes; must not import from the tests."""
+(sync_counter.py), and lets the kernel fail that the file of RELAY_TEST_FAULT names. Runs inside the server's processes;
+must not import from the tests."""
 
 from __future__ import annotations
 
@@ -13,12 +14,13 @@ from typing import Any
 import torch
 
 _LOG = Path(os.environ["RELAY_TEST_FORWARDS"])
+_FAULT = Path(os.environ["RELAY_TEST_FAULT"])
 _OPEN = ExitStack()
 
 
 def load() -> None:
     from sglang_relay.engine import backend, forward
-    from sglang_relay.ops import choice
+    from sglang_relay.ops import choice, triton_ops
 
     choice.SLOTS = 512  # the interpreter is slow
     if os.environ.get("RELAY_TEST_TRITON"):
@@ -28,6 +30,8 @@ def load() -> None:
         backend.choose_ops = _kernels
         backend.choose_engine = _attention
     _watch(forward.StagedForward)
+    for name in ("realign_on_device", "value_deviation", "add_probe_scores"):
+        _break(triton_ops, name)
 
 
 def _kernels(*args: Any, **kwargs: Any) -> Any:
@@ -41,6 +45,17 @@ def _attention(wanted: str, heads: set[Any], **kwargs: Any) -> Any:
 
     (alike,) = heads
     return TritonAttention(alike, capability=90, multiprocessors=2)
+
+
+def _break(module: Any, name: str) -> None:
+    original = getattr(module, name)
+
+    def launch(*args: Any, **kwargs: Any) -> None:
+        if _FAULT.exists() and _FAULT.read_text(encoding="utf-8") == name:
+            raise RuntimeError("broken by a test")
+        original(*args, **kwargs)
+
+    setattr(module, name, launch)
 
 
 def _watch(staged: Any) -> None:

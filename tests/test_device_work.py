@@ -22,13 +22,21 @@ from sglang_relay.measure.server import Server
 
 VOCAB = 512
 POLICIES = ("rotate", "legolink", "relay", "probe")
+FAULTS = {
+    "realign_on_device": ("rotate", "internal_error:place"),
+    "value_deviation": ("relay", "internal_error:attention"),
+    "add_probe_scores": ("probe", "internal_error:attention"),
+}
+"""Kernel, policy that launches it, and how a request is declined where the launch fails."""
 HERE = Path(__file__).parent
 
 
 class Run(NamedTuple):
-    """answers: per policy, those of its batch. forwards: what the plugin wrote. state: of ``/server_info``."""
+    """answers: per policy, those of its batch. broken: per kernel that failed, the answer's report. forwards: what the
+    plugin wrote. state: of ``/server_info``."""
 
     answers: dict[str, list[Any]]
+    broken: dict[str, Any]
     forwards: list[dict[str, Any]]
     state: dict[str, Any]
 
@@ -40,10 +48,12 @@ def serve(model: Path, folder: Path, *, triton: bool) -> Run:
     for module in (HERE / "sync_counter.py", HERE / "kernels" / "triton_interpreter.py"):
         shutil.copy(module, folder)
     log = folder / "forwards.jsonl"
-    env = inspector.env | {"RELAY_TEST_FORWARDS": str(log), "SGLANG_RELAY_ROUTE_ABOVE": "9"}
+    fault = folder / "fault"
+    env = inspector.env | {"RELAY_TEST_FORWARDS": str(log), "RELAY_TEST_FAULT": str(fault)}
+    env["SGLANG_RELAY_ROUTE_ABOVE"] = "9"
     if triton:
         env["RELAY_TEST_TRITON"] = "1"
-    rng, answers = random.Random(1), {}
+    rng, answers, broken = random.Random(1), {}, {}
     with Server(model, "--radix-cache-backend", "relay", "--max-total-tokens", 4096, env=env) as server:
         first, second = (
             server.generate(random_tokens(20, rng, VOCAB), max_new_tokens=90, ignore_eos=True)["output_ids"]
@@ -56,7 +66,10 @@ def serve(model: Path, folder: Path, *, triton: bool) -> Run:
                 both = [[*a, *first, *b, *second[5:80], *c], [*d, *second, *a]]
                 answers[policy] = list(pool.map(lambda tokens, policy=policy: ask(server, tokens, policy), both))
         state = server.get("/server_info")["internal_states"][0]["relay"]
-    return Run(answers, [json.loads(line) for line in log.read_text().splitlines()], state)
+        for kernel, (policy, _) in FAULTS.items():
+            fault.write_text(kernel, encoding="utf-8")
+            broken[kernel] = ask(server, [*random_tokens(7, rng, VOCAB), *first, 5], policy)["meta_info"]["relay"]
+    return Run(answers, broken, [json.loads(line) for line in log.read_text().splitlines()], state)
 
 
 def ask(server: Server, tokens: list[int], policy: str) -> Any:
@@ -106,9 +119,16 @@ def test_the_kernels_answer_as_pytorch_does(policy: str, on_kernels: Run, in_pyt
 @pytest.mark.parametrize("policy", POLICIES)
 def test_the_host_waits_once_at_most(policy: str, on_kernels: Run) -> None:
     """For the selection of both prompts. What is selected beforehand is on the host already, and read the same way."""
-    steps = [f for f in on_kernels.forwards if f["policy"] == policy]
-    assert [(f["step"], f["plans"]) for f in steps] == [("prepare", 2), ("place", 2), ("run", 2)]
+    steps = [f for f in on_kernels.forwards if f["policy"] == policy and f["plans"] == 2]
+    assert [f["step"] for f in steps] == ["prepare", "place", "run"]
     assert [place for f in steps for place in f["waits"]] == ["transfer.py:read_back: cpu"]
+
+
+@pytest.mark.parametrize("kernel", FAULTS)
+def test_a_kernel_that_fails_sends_the_batch_down_the_stock_path(kernel: str, on_kernels: Run, in_pytorch: Run) -> None:
+    found = on_kernels.broken[kernel]
+    assert found["declined"] == FAULTS[kernel][1] and found["relayed"] + found["recomputed"] == 0
+    assert in_pytorch.broken[kernel]["declined"] is None, "launches it nevertheless"
 
 
 WAITS = {
@@ -151,11 +171,11 @@ def waits(expression: str, folder: str) -> list[str]:
 
 
 @pytest.mark.parametrize("expression", WAITS.values(), ids=WAITS)
-def test_what_waits_is_found(expression: str) -> None:
+def test_a_call_that_waits_is_found(expression: str) -> None:
     assert len(waits(expression, OURS[0])) == 1 and len(waits(expression, OURS[1])) == 1
     assert not waits(expression, "/somewhere/else"), "SGLang's own code"
 
 
 @pytest.mark.parametrize("expression", WAITS_NOT.values(), ids=WAITS_NOT)
-def test_what_does_not_wait_is_not(expression: str) -> None:
+def test_one_that_does_not_is_not(expression: str) -> None:
     assert not waits(expression, OURS[0])
