@@ -24,7 +24,7 @@ def load() -> None:
 
     choice.SLOTS = 512  # the interpreter is slow
     if os.environ.get("RELAY_TEST_TRITON"):
-        from triton_interpreter import interpreted
+        from triton_interpreter import interpreted  # pyright: ignore[reportMissingImports]
 
         _OPEN.enter_context(interpreted())
         backend.choose_ops = _kernels
