@@ -1,7 +1,7 @@
 """An SGLang plugin that lets a server on a CPU do what one on a GPU does: the Triton kernels, interpreted, copy,
-measure, score and attend. Beside that it writes down, per relay forward, where the host would wait for the device
-(sync_counter.py), and lets the kernel fail that the file of RELAY_TEST_FAULT names. Runs inside the server's processes;
-must not import from the tests."""
+measure, score, interpolate and attend. Beside that it writes down, per relay forward, where the host would wait for the
+device (sync_counter.py), and lets the kernel fail that the file of RELAY_TEST_FAULT names. Runs inside the server's
+processes; must not import from the tests."""
 
 from __future__ import annotations
 
@@ -35,9 +35,11 @@ def load() -> None:
 
 
 def _kernels(*args: Any, **kwargs: Any) -> Any:
+    from sglang_relay.attention.carry_triton import TritonCarrier
     from sglang_relay.ops import working_kernels
 
-    return working_kernels(*args, **kwargs, capability=90, multiprocessors=2)
+    made = working_kernels(*args, **kwargs, capability=90, multiprocessors=2)
+    return made._replace(carrier=TritonCarrier())
 
 
 def _attention(wanted: str, heads: set[Any], **kwargs: Any) -> Any:

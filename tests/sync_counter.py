@@ -36,6 +36,8 @@ ON_HOST = {("forward.py", "_view")}
 """Functions whose tensors made of arrays stay on the host: what needs no signal is selected there."""
 
 _VALUES = ("_local_scalar_dense", "nonzero", "masked_select", "_unique", "_unique2", "unique_dim", "equal", "allclose")
+_CHECKED = ("cholesky_inverse", "linalg_cholesky", "linalg_inv", "linalg_solve")
+"""These look whether they succeeded."""
 _READERS = ("cpu", "tolist")
 _MAKERS = ("from_numpy", "tensor", "as_tensor")
 
@@ -67,7 +69,7 @@ class SyncCounter(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func.overloadpacket.__name__
-        if name in _VALUES or _by_value(name, args, kwargs or {}):
+        if name in _VALUES + _CHECKED or _by_value(name, args, kwargs or {}):
             self._note(name, args[0])
         return func(*args, **(kwargs or {}))
 

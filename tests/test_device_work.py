@@ -22,6 +22,7 @@ from sglang_relay.measure.server import Server
 
 VOCAB = 512
 POLICIES = ("rotate", "legolink", "relay", "probe")
+WORK = ("copy", "deviation", "probe", "interpolation")
 FAULTS = {
     "realign_on_device": ("rotate", "internal_error:place"),
     "value_deviation": ("relay", "internal_error:attention"),
@@ -98,8 +99,8 @@ def in_pytorch(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
 
 
 def test_the_server_says_what_it_uses(on_kernels: Run, in_pytorch: Run) -> None:
-    assert on_kernels.state["kernels"] == dict.fromkeys(("copy", "deviation", "probe"), "triton")
-    assert in_pytorch.state["kernels"] == dict.fromkeys(("copy", "deviation", "probe"), "torch")
+    assert on_kernels.state["kernels"] == dict.fromkeys(WORK, "triton")
+    assert in_pytorch.state["kernels"] == dict.fromkeys(WORK, "torch")
     assert (on_kernels.state["attention"], in_pytorch.state["attention"]) == ("triton", "torch")
 
 
@@ -149,6 +150,7 @@ WAITS = {
     "from_numpy": "torch.from_numpy(numpy.arange(3)).to(x.device)",
     "new_tensor": "x.new_tensor([1.0])",
     "store": "x.__setitem__(n, 1.0)",
+    "cholesky": "torch.cholesky_inverse(torch.eye(3))",
 }
 WAITS_NOT = {
     "select": "x.index_select(0, n)",

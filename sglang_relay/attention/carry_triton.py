@@ -16,6 +16,7 @@ from sglang_relay_kernels.interpolation import (  # pyright: ignore[reportMissin
 )
 
 from sglang_relay.attention.interpolation import Carried, Layer, Rotation, Tokens, Weights
+from sglang_relay.transfer import on_device
 
 
 class TritonCarrier:
@@ -34,10 +35,7 @@ class _Carried:
         most_chosen = weights.matrix.shape[2]
         by_token = first[0].new_zeros(len(kept.slots), padded_width(most_chosen))
         by_token[:, :most_chosen] = weights.matrix.flatten(0, 1).index_select(0, weights.kept_at)
-        items = torch.from_numpy(plan_items(weights.sizes, options["carry"]["BLOCK_KEPT"]))
-        if by_token.is_cuda:
-            items = items.pin_memory()
-        items = items.to(by_token.device, non_blocking=True)
+        items = on_device(plan_items(weights.sizes, options["carry"]["BLOCK_KEPT"]), by_token.device)
         self._plan = Plan(Rows(*kept), Rows(*chosen), by_token, items, options)
         self._before = save_rows(self._plan, *first)
 

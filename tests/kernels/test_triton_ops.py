@@ -141,7 +141,7 @@ def chosen(pool: Pool, heads: set[Heads] | None = None) -> dict[str, str]:
     heads = {Heads(4, 2, dim, dim)} if heads is None else heads
     with interpreted():
         made = working_kernels(pool, rotary(dim, dim), heads, dtype=dtype, queries=20, capability=90, multiprocessors=4)
-    return made.names()
+    return {work: name for work, name in made.names().items() if work != "interpolation"}
 
 
 def pool_of(dtype: torch.dtype = torch.float32) -> Pool:
