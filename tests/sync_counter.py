@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import sglang_relay
 
-OURS = (str(Path(sglang_relay.__file__).parent), str(Path(kernels.__file__).parent))
+OURS = (str(Path(sglang_relay.__file__).parent), str(Path(str(kernels.__file__)).parent))
 _BETWEEN = (str(Path(torch.__file__).parent), str(Path(__file__)), "unittest/mock.py")
 """Files between a call of ours and what it does."""
 
