@@ -31,6 +31,7 @@ class Segment(NamedTuple):
     """Prompt positions [start, stop) whose K and V come from `donor` (a number), which held them at `source` onwards.
 
     k, v: [layers, stop - start, kv_heads, head_dim] as the server caches them; keys carry the donor's positions.
+    influence: [stop - start], what the tokens received while they were decoded, if that is known.
     """
 
     start: int
@@ -39,6 +40,7 @@ class Segment(NamedTuple):
     source: int
     k: Tensor
     v: Tensor
+    influence: Tensor | None = None
 
 
 class LegoLink(NamedTuple):
@@ -55,13 +57,15 @@ class Relay(NamedTuple):
     """All tokens run through layers 0..det, fresh and selected ones through det+1..end, fresh ones through the rest.
 
     Selected are the tokens of a segment whose value deviation at layer `det` is at least `tau_dev` times the segment's
-    mean, and the segment's last `suffix` tokens. (RelayCaching, entered from embeddings.)
+    mean, those whose influence is at least `tau_inf` times its mean, and the segment's last `suffix` tokens.
+    (RelayCaching, entered from embeddings.)
     """
 
     det: int
     end: int
     tau_dev: float
     suffix: int
+    tau_inf: float = math.inf
 
 
 class CacheBlend(NamedTuple):
@@ -174,6 +178,20 @@ class Reference:
         logits = self._linear(self._norm(passes[0][-1], "model.norm.weight"), head)
         return Result(logits, prompt.k, prompt.v, *passes[1:])
 
+    @torch.no_grad()
+    def influence(self, tokens: list[int], start: int, layers: Sequence[int]) -> Tensor:
+        """[n - start]: the attention that each token from `start` on gets from those behind it, summed over them, over
+        heads and over `layers`. Prefill as a whole, as decoding sees the same keys."""
+        n, got = len(tokens), torch.zeros(len(tokens), dtype=torch.float64)
+
+        def add(layer: int, weight: Tensor) -> None:
+            if layer in layers:
+                got.add_(weight[:, start:].tril(start - 1).sum((0, 1)))
+
+        prompt = _Prompt(tokens, [], None, *self._place(n, [], None), *_reused(n, []))
+        self._pass(prompt, lambda _: torch.ones_like(prompt.reused), watch=add)
+        return got[start:]
+
     def _staged(self, prompt: _Prompt, policy: Policy) -> tuple[Tensor, Tensor, Tensor]:
         """A single pass, whose rows depend on the layer: hidden states at its end, `selected`, `measured`."""
         reused, v, late = prompt.reused, prompt.v, prompt.mutate == "stale_stage"
@@ -223,6 +241,7 @@ class Reference:
         at: Callable[[int], Tensor],
         seen: Tensor | bool = True,
         pieces: Sequence[tuple[Tensor, Tensor]] = (),
+        watch: Callable[[int, Tensor], None] = lambda *_: None,
     ) -> tuple[Tensor, Tensor]:
         """Run the rows that `at` names for each layer, from embeddings, and cache their K and V.
 
@@ -246,6 +265,7 @@ class Reference:
             all_k, all_v = (i[layer].repeat_interleave(self.heads // self.kv_heads, 1) for i in (k, v))
             score = torch.einsum("qhd,khd->hqk", q, all_k) / math.sqrt(self.head_dim)
             weight = score.masked_fill(~mask, -math.inf).softmax(-1)
+            watch(layer, weight)
             all_v = all_v.where(mask.any(0)[:, None, None], 0)  # a weight of zero would not silence a NaN
             out = torch.einsum("hqk,khd->qhd", weight, all_v).flatten(1)
             depth = 1 if prompt.mutate == "flat_depth" else (layer + 1) / self.layers
@@ -346,8 +366,11 @@ def _deviating(deviation: Tensor, segments: list[Segment], policy: Relay | Cache
     if isinstance(policy, CacheBlend):
         return _largest(deviation, policy.share)
     selected = torch.zeros_like(deviation, dtype=torch.bool)
-    for span in (slice(s.start, s.stop) for s in segments):
+    for s in segments:
+        span = slice(s.start, s.stop)
         selected[span] = deviation[span] >= policy.tau_dev * deviation[span].mean()
+        if s.influence is not None:
+            selected[span] |= s.influence >= policy.tau_inf * s.influence.mean()
         selected[max(span.start, span.stop - policy.suffix) : span.stop] = True
     return selected
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -29,16 +30,18 @@ from sglang_relay.policies import PromptView
 if TYPE_CHECKING:
     from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 
+    from sglang_relay.engine.influence import Influence
     from sglang_relay.engine.manager import BatchPlan, RelayManager
     from sglang_relay.rotary import DeltaRotary
 
 
 class Work(NamedTuple):
     """What one plan's repair took. selected: reused tokens that the policy chose; layers: token-layers that ran on
-    account of the repair, probe pass and rows of earlier chunks included."""
+    account of the repair, probe pass and rows of earlier chunks included; influence: reused tokens that have one."""
 
     selected: int
     layers: int
+    influence: int
 
 
 class StagedForward:
@@ -64,6 +67,7 @@ class StagedForward:
         self.layers: int = runner.model_config.num_hidden_layers
         self.selected = [0] * len(self.plans)
         self.work = [0] * len(self.plans)
+        self.influence: list[torch.Tensor | None] = [None] * len(self.plans)
 
     # ------------------------------------------------------------------ prepare
 
@@ -152,7 +156,8 @@ class StagedForward:
         else:
             output = self._finish(relay, self.first, 0)
         self._agree(relay, None, 0)
-        return output, [Work(*pair) for pair in zip(self.selected, self.work, strict=True)]
+        known = [0 if i is None else int((~i.isnan()).sum()) for i in self.influence]
+        return output, [Work(*counts) for counts in zip(self.selected, self.work, known, strict=True)]
 
     def _run_deviating(self, relay: RelayManager) -> Any:
         whole, until = self.policy.whole, self.policy.until
@@ -163,6 +168,8 @@ class StagedForward:
             (stage,) = self._next(relay, self.first, lambda: [self.fresh])
             return self._finish(relay, stage, whole)
         signals = self._deviations()
+        if relay.influence is not None and self.policy.reads_influence:
+            self.influence = self._influence(relay.influence)
         (stage,) = self._next(relay, self.first, lambda: [self._with_selected(self.fresh, signals)])
         if until < self.layers:
             stage.layers(whole, until)
@@ -235,6 +242,16 @@ class StagedForward:
         counts = [sum(s.length for s in self.layout.approximate(i)) for i in range(len(self.plans))]
         return list(deviation.split(counts))
 
+    def _influence(self, collected: Influence) -> list[torch.Tensor | None]:
+        """Per plan, float32 [n]: what the donors' tokens received while they were decoded, over the heads of all ranks;
+        NaN for those without. A collective."""
+        spans = [self.layout.approximate(i) for i in range(len(self.plans))]
+        slots = [s.slots for of_plan in spans for s in of_plan if s.slots is not None]
+        if not slots:
+            return [None] * len(self.plans)
+        scores = _sum_over_ranks(collected.of(torch.cat(slots).to(self.layout.device)))
+        return list(scores.split([sum(s.length for s in of_plan) for of_plan in spans]))
+
     def _attention_scores(self) -> list[torch.Tensor | None]:
         """Per plan, float32 [n]: the probe's scores over the heads of all ranks; None for plans that do not end here.
 
@@ -260,6 +277,7 @@ class StagedForward:
             if not spans or (signal is None and policy.signal != "none"):
                 continue
             view, reused = self._view(spans, signal), layout.rows_of(spans)
+            view = replace(view, influence=self.influence[number])
             keep = policy.select(view, plan.budget).cpu().numpy()
             chosen = reused[keep]
             if policy.interpolates:

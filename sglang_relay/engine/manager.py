@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
 
     from sglang_relay.engine.forward import Work
+    from sglang_relay.engine.influence import Influence
     from sglang_relay.engine.tree import RelayCache
 
 logger = logging.getLogger(__name__)
@@ -105,6 +106,9 @@ class RelayManager:
         """Changes of the index so far: pieces chosen at an older count may have become better."""
         self._restarts = 0
         self.donors = Donors(tree, self.index)
+        self.influence: Influence | None = None
+        self.influence_missing = "off"
+        """Why there is none."""
         self.costs: Costs | None = None
         if config.cost_model and not unsupported:
             queries = config.probe_queries
@@ -142,6 +146,8 @@ class RelayManager:
             declined = decline.reason
             controls = self._controls({"relay": "off"})
         report = new_report(None if declined else controls.policy, declined)
+        if declined is None and self._policies[controls.policy].reads_influence:
+            report["influence"] = f"unavailable:{self.influence_missing}" if self.influence is None else "none"
         state = RelayRequest(controls, tenant, self.namespaces.epoch, report, declined)
         req.relay = state  # type: ignore[attr-defined]
         req.customized_info = {**(req.customized_info or {}), REPORT_KEY: [report]}
@@ -364,6 +370,8 @@ class RelayManager:
                 report["recomputed"] += inside
                 state.reused += reused
                 state.layers += done.layers
+                if done.influence:
+                    report["influence"] = "used"
                 report["cost"] = round(state.layers / max(1, state.reused * self._num_layers), 4)
             self.stats.repaired(done.selected + (reused if planned.policy.exact else 0))
 

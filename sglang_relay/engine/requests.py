@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sglang_relay.breaker import Verdict
 from sglang_relay.budget import Budget, parse_budget
@@ -13,6 +13,9 @@ from sglang_relay.engine.capture import capture_name
 from sglang_relay.engine.namespaces import Tenant
 from sglang_relay.plan import Candidate, Decline, Placed
 from sglang_relay.policies import Policy
+
+if TYPE_CHECKING:
+    from sglang_relay.engine.influence import Collected
 
 _MODES = ("on", "off", "exact")
 _DONATE = ("output", "all", "none")
@@ -113,6 +116,8 @@ class RelayRequest:
     reused: int = 0
     layers: int = 0
     """Reused approximate tokens of this attempt, and token-layers that ran on account of their repair."""
+    influence: Collected | None = None
+    """What its decoding has collected (engine/influence.py)."""
     fresh: list[tuple[int, int]] = field(default_factory=list)
     """Prompt ranges computed (not copied) by this request, for donation under ``relay_donate: all``."""
 
@@ -129,7 +134,8 @@ def relay_of(req: Any) -> RelayRequest | None:
 def new_report(policy: str | None, declined: str | None) -> dict[str, Any]:
     """``meta_info["relay"]``. exact: prefix hits and exact copies; relayed: donor KV used as it is; recomputed: reused
     tokens that the policy computed again; fresh: the rest. The four add up to the prompt. cost: token-layers that the
-    repair ran, its probe included, as a share of the reused tokens' token-layers."""
+    repair ran, its probe included, as a share of the reused tokens' token-layers. Under policy ``relay`` also
+    influence: ``used``, ``none`` (no reused token has one), or ``unavailable:`` and why."""
     return {
         "exact": 0,
         "relayed": 0,

@@ -23,12 +23,15 @@ class PromptView:
     beyond the n tokens.
     signal: float32 [n], reduced over tensor-parallel ranks. ``deviation``: value deviation in [0, 2]. ``probe``:
     attention mass of the probe queries times the norm of the value, not negative. None for policies without a signal.
+    influence: float32 [n], attention that the token received while its donor decoded (engine/influence.py), summed over
+    ranks; NaN for tokens without. None where it is not collected.
     """
 
     offsets: tuple[int, ...]
     index: torch.Tensor
     left: torch.Tensor
     signal: torch.Tensor | None
+    influence: torch.Tensor | None = None
 
     @property
     def segments(self) -> int:
@@ -57,6 +60,8 @@ class Policy(ABC):
     """Kinds of budget the policy takes."""
     interpolates: ClassVar[bool] = False
     """Whether what changes on the selected tokens is carried over to the others (attention/interpolation.py)."""
+    reads_influence: ClassVar[bool] = False
+    """Whether it selects by decode influence, too, where that is collected."""
     default_budget: Budget | None = None
     """What a request gets that names none; a server's certificate may say otherwise."""
     whole: int
