@@ -57,6 +57,8 @@ class RelayConfig:
     influence: layers of which decode influence is collected for policy ``relay``: ``FIRST,LAST``, ``auto`` (all, as in
     the paper), or ``off``.
     tau_inf: a token is recomputed when its influence is at least ``tau_inf`` times its segment's mean.
+    entry: where a reused segment enters under policy ``relay``: ``embeddings``, or ``hidden``: at the first layer of
+    ``layer_range``, with the hidden states that are then kept per KV slot.
     suffix: the last tokens of every segment are always recomputed.
     budget: how much a policy may recompute (``budget.py``) where the request does not say; None: the policy's own.
     probe_queries: most of a prompt's last fresh tokens that look at the segments under ``probe``.
@@ -84,6 +86,7 @@ class RelayConfig:
     tau_dev: float = 1.5
     influence: str = "off"
     tau_inf: float = 1.45
+    entry: str = "embeddings"
     suffix: int = 10
     budget: Budget | None = None
     probe_queries: int = 24
@@ -188,6 +191,7 @@ _CHECKS: tuple[Callable[[RelayConfig], None], ...] = (
     _one_of("policy", ("auto", *POLICIES)),
     _bound,
     _one_of("default", ("on", "exact", "off")),
+    _one_of("entry", ("embeddings", "hidden")),
     _one_of("donate", ("output", "all", "none")),
     _one_of("attention", ("auto", "torch", "flashinfer", "triton")),
     _between("tau_dev", 0.0, 1e6),
@@ -244,6 +248,7 @@ _PARSERS: dict[str, tuple[Callable[[str], Any], str]] = {
     "profile": (_parse_path, "a path"),
     "default": (str, "a name"),
     "donate": (str, "a name"),
+    "entry": (str, "a name"),
     "attention": (str, "a name"),
 }
 _INTEGER: tuple[Callable[[str], Any], str] = (int, "a whole number")

@@ -32,6 +32,7 @@ class Segment(NamedTuple):
 
     k, v: [layers, stop - start, kv_heads, head_dim] as the server caches them; keys carry the donor's positions.
     influence: [stop - start], what the tokens received while they were decoded, if that is known.
+    hidden: [stop - start, width], the donor's hidden states entering the layer where the policy starts.
     """
 
     start: int
@@ -41,6 +42,7 @@ class Segment(NamedTuple):
     k: Tensor
     v: Tensor
     influence: Tensor | None = None
+    hidden: Tensor | None = None
 
 
 class LegoLink(NamedTuple):
@@ -55,10 +57,11 @@ FULL = LegoLink(10**9)
 
 class Relay(NamedTuple):
     """All tokens run through layers 0..det, fresh and selected ones through det+1..end, fresh ones through the rest.
+    With `start` reused tokens first run in this layer, with their donors' hidden states.
 
     Selected are the tokens of a segment whose value deviation at layer `det` is at least `tau_dev` times the segment's
     mean, those whose influence is at least `tau_inf` times its mean, and the segment's last `suffix` tokens.
-    (RelayCaching, entered from embeddings.)
+    (RelayCaching.)
     """
 
     det: int
@@ -66,6 +69,7 @@ class Relay(NamedTuple):
     tau_dev: float
     suffix: int
     tau_inf: float = math.inf
+    start: int | None = None
 
 
 class CacheBlend(NamedTuple):
@@ -115,7 +119,7 @@ class Result(NamedTuple):
     """logits: [vocab] at the last position. k, v: [layers, n, kv_heads, head_dim] as cached after the prefill.
 
     selected: bool [n], reused rows chosen for recomputation. measured: [n], what ranks them, deviation or score, NaN
-    elsewhere. mass: [n], a probe's score without the root.
+    elsewhere. mass: [n], a probe's score without the root. hidden: [n, width], what enters the layer `Relay.start`.
     """
 
     logits: Tensor
@@ -124,6 +128,7 @@ class Result(NamedTuple):
     selected: Tensor
     measured: Tensor
     mass: Tensor | None = None
+    hidden: Tensor | None = None
 
 
 class _Prompt(NamedTuple):
@@ -192,13 +197,31 @@ class Reference:
         self._pass(prompt, lambda _: torch.ones_like(prompt.reused), watch=add)
         return got[start:]
 
-    def _staged(self, prompt: _Prompt, policy: Policy) -> tuple[Tensor, Tensor, Tensor]:
-        """A single pass, whose rows depend on the layer: hidden states at its end, `selected`, `measured`."""
+    @torch.no_grad()
+    def hidden(self, tokens: list[int], layer: int) -> Tensor:
+        """[n, width]: what enters `layer` in a prefill as a whole."""
+        kept: list[Tensor] = []
+        n = len(tokens)
+        prompt = _Prompt(tokens, [], None, *self._place(n, [], None), *_reused(n, []))
+        self._pass(
+            prompt,
+            lambda _: torch.ones_like(prompt.reused),
+            enter=lambda at, x: kept.append(x.clone()) if at == layer else None,
+        )
+        return kept[0]
+
+    def _staged(self, prompt: _Prompt, policy: Policy) -> tuple[Tensor, Tensor, Tensor, None, Tensor | None]:
+        """A single pass, whose rows depend on the layer: hidden states at its end, `selected`, `measured`, no mass, and
+        `hidden`."""
         reused, v, late = prompt.reused, prompt.v, prompt.mutate == "stale_stage"
         donor, deviation = v.clone(), torch.full((len(reused),), math.nan, dtype=torch.float64)
         selected = reused & (prompt.index < (policy.first if isinstance(policy, LegoLink) else 0))
 
+        start, kept = policy.start if isinstance(policy, Relay) else None, []
+
         def rows(layer: int) -> Tensor:
+            if start is not None and layer - late < start:
+                return ~reused
             if isinstance(policy, Relay | CacheBlend) and layer == policy.det + 1:
                 change = 1 - torch.cosine_similarity(donor[policy.det, reused], v[policy.det, reused], dim=-1).mean(-1)
                 selected[:] = _deviating(deviation.masked_scatter_(reused, change), prompt.segments, policy)
@@ -206,7 +229,14 @@ class Reference:
                 return torch.ones_like(reused)
             return ~reused if isinstance(policy, Relay) and layer - late > policy.end else ~reused | selected
 
-        return self._pass(prompt, rows)[0], selected, deviation
+        def enter(layer: int, x: Tensor) -> None:
+            if layer == start:
+                for s in prompt.segments:
+                    assert s.hidden is not None
+                    x[s.start : s.stop] = s.hidden
+                kept.append(x.clone())
+
+        return self._pass(prompt, rows, enter=enter)[0], selected, deviation, None, kept[0] if kept else None
 
     def _probe(self, prompt: _Prompt, policy: Probe) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """As `_staged`: a pass for each earlier chunk, one that looks, one that recomputes."""
@@ -242,17 +272,20 @@ class Reference:
         seen: Tensor | bool = True,
         pieces: Sequence[tuple[Tensor, Tensor]] = (),
         watch: Callable[[int, Tensor], None] = lambda *_: None,
+        enter: Callable[[int, Tensor], None] = lambda *_: None,
     ) -> tuple[Tensor, Tensor]:
         """Run the rows that `at` names for each layer, from embeddings, and cache their K and V.
 
         They attend to what is `seen` (bool [n]) up to their own position, `pieces` interpolated. Returns hidden states
         and influence, [n]: the attention that a position gets times the norm of the value there, summed over rows,
-        heads and weighted layers.
+        heads and weighted layers. `watch` gets each layer's weights, [heads, rows, n]; `enter` what is about to enter a
+        layer, [n, width], to read or replace.
         """
         n, k, v = len(prompt.tokens), prompt.k, prompt.v
         x = self.weights["model.embed_tokens.weight"][prompt.tokens].double()
         influence, donor = x.new_zeros(n), (k.clone(), v.clone())
         for layer in range(self.layers - (prompt.mutate == "missing_last_layer")):
+            enter(layer, x)
             rows, name = at(layer).nonzero()[:, 0], f"model.layers.{layer}"
             h = self._norm(x[rows], f"{name}.input_layernorm.weight")
             heads = (self._linear(h, f"{name}.self_attn.{i}_proj").unflatten(-1, (-1, self.head_dim)) for i in "qkv")

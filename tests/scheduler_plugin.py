@@ -75,6 +75,16 @@ def influence(scheduler: Any, *key: Any, **keys: Any) -> list[float | None]:
     return [None if score != score else score for score in scores]
 
 
+def hidden(scheduler: Any, *key: Any, **keys: Any) -> list[list[float] | None]:
+    kept, slots = scheduler.tree_cache.relay.hidden, _slots(scheduler, *key, **keys)
+    return [state if held else None for state, held in zip(kept.states[slots].tolist(), kept.held[slots], strict=True)]
+
+
+def forget_hidden(scheduler: Any, tokens: list[int]) -> None:
+    """The last of ``tokens`` has no hidden state."""
+    scheduler.tree_cache.relay.hidden.held[_slots(scheduler, tokens, None, None, None)[-1]] = False
+
+
 def module_hooks(scheduler: Any) -> int:
     """Forward hooks on the model's modules."""
     modules = scheduler.tp_worker.model_runner.model.modules()
@@ -226,6 +236,8 @@ def break_(scheduler: Any, what: str | None) -> str | None:
 QUESTIONS: dict[str, Any] = {
     "rows": rows,
     "influence": influence,
+    "hidden": hidden,
+    "forget_hidden": forget_hidden,
     "module_hooks": module_hooks,
     "pool": pool,
     "hooked": hooked,

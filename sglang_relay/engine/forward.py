@@ -21,6 +21,7 @@ from sglang_relay_kernels.realign import realign  # pyright: ignore[reportMissin
 from sglang_relay.attention import AttentionEngine, Interpolation, parts_of
 from sglang_relay.engine.audit import AUDITED, divergence
 from sglang_relay.engine.backend import AttentionProbe, DeviationProbe, RelayAttentionBackend
+from sglang_relay.engine.consensus import digest_of
 from sglang_relay.engine.layout import Layout, Span
 from sglang_relay.engine.probing import ProbePass
 from sglang_relay.engine.stage import Stage
@@ -30,6 +31,7 @@ from sglang_relay.policies import PromptView
 if TYPE_CHECKING:
     from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 
+    from sglang_relay.engine.hidden import HiddenStates
     from sglang_relay.engine.influence import Influence
     from sglang_relay.engine.manager import BatchPlan, RelayManager
     from sglang_relay.rotary import DeltaRotary
@@ -37,11 +39,13 @@ if TYPE_CHECKING:
 
 class Work(NamedTuple):
     """What one plan's repair took. selected: reused tokens that the policy chose; layers: token-layers that ran on
-    account of the repair, probe pass and rows of earlier chunks included; influence: reused tokens that have one."""
+    account of the repair, probe pass and rows of earlier chunks included; influence: reused tokens that have one;
+    entered: whether reused tokens entered with stored hidden states."""
 
     selected: int
     layers: int
     influence: int
+    entered: bool
 
 
 class StagedForward:
@@ -56,6 +60,7 @@ class StagedForward:
         rotary: DeltaRotary,
         attention: AttentionEngine,
         probe_queries: int,
+        hidden: HiddenStates | None = None,
     ) -> None:
         self.runner = runner
         self.attention = attention
@@ -64,6 +69,10 @@ class StagedForward:
         self.plans = planned.plans
         self.rotary = rotary
         self.probe_queries = probe_queries
+        self.hidden = hidden
+        self.states: torch.Tensor | None = None
+        self.head: Stage | None = None
+        """The fresh tokens, up to the layer that reused ones enter."""
         self.layers: int = runner.model_config.num_hidden_layers
         self.selected = [0] * len(self.plans)
         self.work = [0] * len(self.plans)
@@ -98,12 +107,28 @@ class StagedForward:
     def _first_rows(self) -> np.ndarray:
         if self.policy.whole:
             exact = self.layout.rows_of([s for s in self.layout.spans if s.exact])
+            self._enter()
             for span in self.layout.approximate():
-                self.work[span.plan] += span.length * self.policy.whole
+                self.work[span.plan] += span.length * (self.policy.whole - self.entered)
             return np.setdiff1d(np.arange(len(self.layout.positions)), exact)
         if self.policy.signal == "none":
             return self._with_selected(self.fresh, [None] * len(self.plans))
         return self.fresh
+
+    def _enter(self) -> None:
+        """Reused tokens enter with their donors' hidden states, where all of them have one."""
+        spans = self.layout.approximate()
+        slots = [s.slots for s in spans if s.slots is not None]
+        if self.hidden is None or not self.policy.enters or not slots:
+            return
+        self.states = self.hidden.of(torch.cat(slots).to(self.layout.device))
+        if self.states is not None:
+            self.head = self._stage(self.fresh)
+
+    @property
+    def entered(self) -> int:
+        """The layer that reused tokens enter."""
+        return 0 if self.head is None else self.policy.enters
 
     def _prepare_deviation(self) -> None:
         spans = self.layout.approximate()
@@ -157,13 +182,16 @@ class StagedForward:
             output = self._finish(relay, self.first, 0)
         self._agree(relay, None, 0)
         known = [0 if i is None else int((~i.isnan()).sum()) for i in self.influence]
-        return output, [Work(*counts) for counts in zip(self.selected, self.work, known, strict=True)]
+        return output, [
+            Work(*counts, self.head is not None) for counts in zip(self.selected, self.work, known, strict=True)
+        ]
 
     def _run_deviating(self, relay: RelayManager) -> Any:
         whole, until = self.policy.whole, self.policy.until
+        self._run_head(relay)
         if whole == self.layers:
-            return self._finish(relay, self.first, 0)
-        self.first.layers(0, whole)
+            return self._finish(relay, self.first, self.entered)
+        self.first.layers(self.entered, whole)
         if until == whole:  # selected or not, no reused token goes on
             (stage,) = self._next(relay, self.first, lambda: [self.fresh])
             return self._finish(relay, stage, whole)
@@ -176,6 +204,20 @@ class StagedForward:
             (stage,) = self._next(relay, stage, lambda: [self.fresh])
             return self._finish(relay, stage, until)
         return self._finish(relay, stage, whole)
+
+    def _run_head(self, relay: RelayManager) -> None:
+        """Bring the fresh tokens to the layer that the reused ones enter, and join them."""
+        if self.head is None or self.states is None:
+            return
+        failure = None
+        self.head.layers(0, self.entered)
+        state = self.head.export()
+        try:
+            self.first.join(self.fresh, state, self.layout.rows_of(self.layout.approximate()), self.states)
+        except Exception as error:
+            failure = relay.failure("hand_over", error)
+        self.states = None
+        self._agree(relay, failure, self.entered)
 
     def _run_probed(self, relay: RelayManager) -> Any:
         if len(self.first.rows):
@@ -359,7 +401,7 @@ def relay_forward(
     """
     began = time.perf_counter()
     watch = None if relay.costs is None else relay.costs.start(runner.device)
-    staged = StagedForward(runner, batch, planned, rotary, relay.attention, relay.config.probe_queries)
+    staged = StagedForward(runner, batch, planned, rotary, relay.attention, relay.config.probe_queries, relay.hidden)
     reason, step = None, "prepare"
     try:
         staged.prepare()
@@ -371,7 +413,7 @@ def relay_forward(
     except Exception as error:
         reason = relay.failure(step, error)
     placed = time.perf_counter()
-    if relay.consensus.agree(reason is None, len(planned.plans)):
+    if relay.consensus.agree(reason is None, digest_of(len(planned.plans), staged.entered)):
         try:
             with torch.no_grad():
                 logits, work = staged.run(relay)

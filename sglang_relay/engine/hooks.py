@@ -117,6 +117,8 @@ class SchedulerHooks:
     def forward(self, original: Callable[..., Any], runner: Any, batch: Any, *args: Any, **kwargs: Any) -> Any:
         if runner.is_draft_worker or self.rotary is None:
             return original(runner, batch, *args, **kwargs)
+        if (hidden := self.relay.hidden) is not None:
+            hidden.begin(batch)
         if (influence := self.relay.influence) is None:
             return self._forward(original, runner, batch, *args, **kwargs)
         influence.begin(self._reqs, batch, relayed=self._running is not None)

@@ -63,6 +63,7 @@ def build_tree(ctx: TreeCacheBuildContext) -> Any:
     )
     from sglang_relay.engine.consensus import Consensus
     from sglang_relay.engine.guards import server_reasons
+    from sglang_relay.engine.hidden import hidden_of, hidden_reason
     from sglang_relay.engine.influence import influence_of, influence_reason
     from sglang_relay.engine.manager import RelayManager
     from sglang_relay.engine.namespaces import new_secret
@@ -110,6 +111,11 @@ def build_tree(ctx: TreeCacheBuildContext) -> Any:
         relay.influence_missing = missing_influence
     elif not reasons:
         relay.influence = influence_of(runner, config, relay.failure)
+    first = relay.layers.start
+    if (missing_hidden := hidden_reason(runner, config, first, ctx.server_args)) is not None:
+        relay.hidden_missing = missing_hidden
+    elif not reasons:
+        relay.keep_hidden(hidden_of(runner, first, relay.failure))
     if relay.costs is not None and rotary is not None:
         calibrate_costs(relay, relay.costs, runner, rotary, chunk)
     hooks = hooking.SchedulerHooks(relay, rotary, lambda: _state(relay, table, isolated, settings))
@@ -193,6 +199,7 @@ def _state(relay: Any, hooks: list[Any], isolated: bool, settings: dict[str, Any
         "influence": (
             {"unavailable": relay.influence_missing} if relay.influence is None else relay.influence.as_dict()
         ),
+        "hidden": {"unavailable": relay.hidden_missing} if relay.hidden is None else relay.hidden.as_dict(),
         "weight_epoch": relay.namespaces.epoch,
         "index": relay.index.stats(),
         "settings": settings,

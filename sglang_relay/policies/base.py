@@ -46,12 +46,12 @@ class PromptView:
 class Policy(ABC):
     """Which reused tokens are recomputed.
 
-    Layers ``[0, whole)`` run over every reused token, layers ``[whole, until)`` over the selected ones, the rest over
-    fresh tokens only; ``0 <= whole <= until <= num_layers``. ``signal`` is what is measured before the selection:
-    ``deviation`` at layer ``whole - 1``, or ``probe``, a pass of the prompt's last fresh tokens through all layers over
-    the donors' KV, behind which the selected tokens start from their embeddings. With ``none`` the selection is known
-    beforehand, and ``whole`` is 0 or the number of layers. The work of a token that is not selected ends with layer
-    ``whole - 1``.
+    Layers ``[enters, whole)`` run over every reused token, layers ``[whole, until)`` over the selected ones, the rest
+    over fresh tokens only; ``0 <= enters <= whole <= until <= num_layers``. ``signal`` is what is measured before the
+    selection: ``deviation`` at layer ``whole - 1``, or ``probe``, a pass of the prompt's last fresh tokens through all
+    layers over the donors' KV, behind which the selected tokens start from their embeddings. With ``none`` the
+    selection is known beforehand, and ``whole`` is 0 or the number of layers. The work of a token that is not selected
+    ends with layer ``whole - 1``.
     """
 
     name: ClassVar[str]
@@ -64,6 +64,10 @@ class Policy(ABC):
     """Whether it selects by decode influence, too, where that is collected."""
     default_budget: Budget | None = None
     """What a request gets that names none; a server's certificate may say otherwise."""
+    start: int = 0
+    """The layer that reused tokens can enter with stored hidden states; 0: none."""
+    enters: int = 0
+    """The layer that they enter: 0, with their embeddings, or ``start`` on a server that keeps hidden states."""
     whole: int
     until: int
 

@@ -1,8 +1,9 @@
 """RelayCaching as published (arXiv 2603.13289, section "selective recompute"; design: method.md, "When the consumer
-prefills"), entered from embeddings.
+prefills").
 
-Layers up to and including ``detect`` run over the whole segment: without stored hidden states the segment enters at
-the embedding, and the K/V that this computes are written back, as they are closer to full prefill than the donor's.
+Layers up to and including ``detect`` run over the whole segment. It enters at layer ``start`` with the donor's hidden
+states where the server keeps them (engine/hidden.py), else at the embedding; the K/V that this computes are written
+back, as they are closer to full prefill than the donor's.
 
 Selected at ``detect``: tokens of high deviation, tokens of high decode influence where it is collected, and the suffix.
 Prompt tokens that a donor offers (``relay_donate: all``) have no influence: deviation alone selects them, and they are
@@ -35,6 +36,7 @@ class DeviationPolicy(Policy):
 
     def __init__(self, num_layers: int, layers: LayerRange, tau_dev: float, tau_inf: float, suffix: int) -> None:
         super().__init__(num_layers)
+        self.start = layers.start
         self.whole = layers.detect + 1
         self.until = layers.end + 1
         self.tau_dev = tau_dev
@@ -78,4 +80,4 @@ class DeviationPolicy(Policy):
         return largest(order, budget.limit(keep.numel(), 1)) & keep
 
     def expected_share(self, budget: Budget | None) -> float:
-        return (self.whole + EXPECTED_SELECTED * (self.until - self.whole)) / self.num_layers
+        return (self.whole - self.enters + EXPECTED_SELECTED * (self.until - self.whole)) / self.num_layers
