@@ -101,7 +101,8 @@ class Influence:
                 continue
             own = state.influence
             if own is None or (own.attempt, own.reached) != (req.retraction_count, req.prefix_len):
-                start = max(len(req.origin_input_ids), req.prefix_len)
+                prompt, transcript = len(req.origin_input_ids), state.controls.generated_from
+                start = max(prompt if transcript is None else min(prompt, transcript), req.prefix_len)
                 own = state.influence = Collected(req.retraction_count, start)
             own.reached, own.extends = chunk_end(req), True
 

@@ -19,19 +19,24 @@ if TYPE_CHECKING:
 
 _MODES = ("on", "off", "exact")
 _DONATE = ("output", "all", "none")
-_KEYS = ("relay", "relay_policy", "relay_budget", "relay_donate", "relay_scope", "relay_capture")
+_KEYS = (
+    *("relay", "relay_policy", "relay_budget", "relay_donate", "relay_scope", "relay_capture"),
+    "relay_generated_from",
+)
 
 
 @dataclass(frozen=True, slots=True)
 class Controls:
     """Validated wishes of one request. mode: on, off or exact; donate: output, all or none; budget: what the policy
-    may recompute, None for policies that take none and for thresholds without a cap."""
+    may recompute, None for policies that take none and for thresholds without a cap; generated_from: prompt tokens from
+    this one on are a transcript, whose influence is collected as if they were decoded (engine/influence.py)."""
 
     mode: str
     policy: str
     budget: Budget | None
     donate: str
     scope: str | None
+    generated_from: int | None = None
 
     @property
     def tier(self) -> str:
@@ -57,6 +62,7 @@ def read_controls(params: Mapping[str, Any] | None, config: RelayConfig, policie
         budget=_budget(given.get("relay_budget"), policies[name], config),
         donate="none" if mode == "off" else donate,
         scope=scope,
+        generated_from=_count(given, "relay_generated_from"),
     )
 
 
@@ -72,6 +78,13 @@ def _budget(asked: Any, policy: Policy, config: RelayConfig) -> Budget | None:
         allowed = " or ".join(policy.budgets) or "no budget"
         raise Decline("bad_custom_params", f"relay_budget={asked!r}: {policy.name} takes {allowed}")
     return budget
+
+
+def _count(given: Mapping[str, Any], key: str) -> int | None:
+    value = given.get(key)
+    if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 0):
+        raise Decline("bad_custom_params", f"{key}={value!r}: allowed is a whole number from 0")
+    return value
 
 
 def _choice(given: Mapping[str, Any], key: str, default: str, allowed: tuple[str, ...]) -> str:
