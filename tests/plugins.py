@@ -68,9 +68,11 @@ class Inspector:
         """Of each token of ``tokens`` that the tree holds, None for those without (engine/influence.py)."""
         return self.ask(server, "influence", tokens=tokens, extra_key=None, salt=None, namespace=namespace)
 
-    def hidden(self, server: Server, tokens: list[int]) -> list[list[float] | None]:
+    def hidden(
+        self, server: Server, tokens: list[int], *, namespace: Mapping[str, Any] | None = None
+    ) -> list[list[float] | None]:
         """The hidden state of each token of ``tokens`` that the tree holds; None where none is (engine/hidden.py)."""
-        return self.ask(server, "hidden", tokens=tokens, extra_key=None, salt=None, namespace=None)
+        return self.ask(server, "hidden", tokens=tokens, extra_key=None, salt=None, namespace=namespace)
 
     def break_(self, server: Server, what: str | None) -> None:
         """Make one step of the relay fail (scheduler_plugin.py, ``FAULTS``), or none."""

@@ -25,6 +25,7 @@ from test_against_reference import (
     far,
     log_probabilities,
 )
+from test_influence import with_influence
 from tiny_model import make_tiny_llama
 
 from sglang_relay.measure.server import Server
@@ -154,6 +155,39 @@ def test_every_slot_holds_the_state_of_its_own_token(
                 compare(decode(prompt))
         state = server.get("/server_info")["internal_states"][0]["relay"]["hidden"]
         assert state["layer"] == 2 and state["bytes"] >= flags[-1] * 4 * reference.config["hidden_size"]
+
+
+def test_copied_tokens_hold_none(model: Path, tmp_path: Path) -> None:
+    """Their slots held the states of other tokens before."""
+    inspector, rng = Inspector(tmp_path), random.Random(4)
+    with Server(model, *ARGS, "--max-total-tokens", 1024, env=ENV | inspector.env) as server:
+        server.generate(random_tokens(900, rng, 1024), max_new_tokens=100, ignore_eos=True)
+        server.post("/flush_cache")
+        text = server.generate(random_tokens(30, rng, 1024), max_new_tokens=101, ignore_eos=True)["output_ids"][:100]
+        prompt = [*random_tokens(20, rng, 1024), *text, *random_tokens(9, rng, 1024)]
+        report = server.generate(prompt, max_new_tokens=1, custom_params={"relay_policy": "rotate"})["meta_info"][
+            "relay"
+        ]
+        assert report["relayed"] == 100, report
+        got = inspector.hidden(server, prompt, namespace={"tier": "rotate"})
+        assert [state is None for state in got] == [False] * 20 + [True] * 100 + [False] * 9
+
+
+def test_two_ranks_with_influence_too(model: Path, reference: Reference) -> None:
+    """Each rank has some heads: their influence is added up, the hidden states are the same."""
+    env = {**ENV, "SGLANG_RELAY_INFLUENCE": "auto", "SGLANG_ENABLE_RANK_CONSENSUS_CHECKER": "1"}
+    with Server(model, *ARGS, "--tp-size", 2, "--max-total-tokens", 4096, env=env) as server:
+        world = Hidden(Setting("ranks", POLICY, ()), server, reference)
+        prompt = world.prompt(CASES["three"])
+        segments = with_influence(world, world.segments(prompt))
+        got, report = world.serve(prompt, relay_policy="relay")
+    policy = POLICY._replace(tau_inf=1.45)
+    want = reference.run(prompt.tokens, segments, policy)
+    check_margin(policy, want, segments)
+    assert int(want.selected.sum()) > int(reference.run(prompt.tokens, segments, POLICY).selected.sum())
+    check_counts(report, prompt, int(want.selected.sum()))
+    assert (report["entry"], report["influence"]) == ("hidden", "used")
+    assert far(got, log_probabilities(want)) < BOUND
 
 
 def test_off_by_default(model: Path, tmp_path: Path) -> None:

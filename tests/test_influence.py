@@ -144,12 +144,16 @@ def test_slots_that_are_used_again(model: Path, reference: Reference, tmp_path: 
     with Server(model, *ARGS, "--max-total-tokens", 400, env=env) as server:
         for prompt in prompts(9, reference.config["vocab_size"], 6):
             check(inspector, server, reference, decode(server, prompt), range(1, 4))
-        # A text that was decoded, evicted and then prefilled has none.
+        # A text that was decoded, evicted and then prefilled has none, if it is not offered as a transcript.
         done = decode(server, prompts(1, reference.config["vocab_size"], 7)[0])
         server.post("/flush_cache")
         decode(server, [*done.held, 5], 20)
         got = inspector.influence(server, done.held)
         assert len(got) == len(done.held) and set(got) == {None}
+        server.post("/flush_cache")
+        transcript = {"relay": "exact", "relay_generated_from": len(done.prompt)}
+        server.generate(done.held, max_new_tokens=1, custom_params=transcript)
+        check(inspector, server, reference, done, range(1, 4))
         state = server.get("/server_info")["internal_states"][0]["relay"]["influence"]
         assert state["layers"] == "1,3" and state["bytes"] >= 4 * 400
 
@@ -182,21 +186,21 @@ def world(model: Path, reference: Reference, tmp_path_factory: pytest.TempPathFa
         yield made
 
 
-def segments(world: World, prompt: Any) -> list[Segment]:
+def with_influence(world: World, segments: list[Segment]) -> list[Segment]:
     """With the influence that the reference gives each donor's tokens."""
-    cut = []
-    for s in world.segments(prompt):
+    made = []
+    for s in segments:
         donor = world.donors[s.donor]
         start = len(donor.prompt)
         whole = world.reference.influence(donor.path[:-1], start, range(world.reference.layers))
-        cut.append(s._replace(influence=whole[s.source - start :][: s.stop - s.start]))
-    return cut
+        made.append(s._replace(influence=whole[s.source - start :][: s.stop - s.start]))
+    return made
 
 
 @pytest.mark.parametrize("case", ["one", "three", "adjacent"])
 def test_the_policy_selects_by_it(world: World, case: str) -> None:
     prompt = world.prompt(CASES[case])
-    cut = segments(world, prompt)
+    cut = with_influence(world, world.segments(prompt))
     got, report = world.serve(prompt, relay_policy="relay")
     policy: Relay = world.setting.relay._replace(tau_inf=TAU_INF)
     want = world.reference.run(prompt.tokens, cut, policy)

@@ -157,7 +157,7 @@ class RelayManager:
         report = new_report(None if declined else controls.policy, declined)
         if declined is None and self._policies[controls.policy].reads_influence:
             report["influence"] = f"unavailable:{self.influence_missing}" if self.influence is None else "none"
-        if declined is None and self._policies[controls.policy].start:
+        if declined is None and self._policies[controls.policy].start is not None:
             report["entry"] = f"embeddings:{self.hidden_missing}" if self.hidden is None else "embeddings"
         state = RelayRequest(controls, tenant, self.namespaces.epoch, report, declined)
         req.relay = state  # type: ignore[attr-defined]

@@ -64,8 +64,8 @@ class Policy(ABC):
     """Whether it selects by decode influence, too, where that is collected."""
     default_budget: Budget | None = None
     """What a request gets that names none; a server's certificate may say otherwise."""
-    start: int = 0
-    """The layer that reused tokens can enter with stored hidden states; 0: none."""
+    start: int | None = None
+    """The layer that reused tokens can enter with stored hidden states."""
     enters: int = 0
     """The layer that they enter: 0, with their embeddings, or ``start`` on a server that keeps hidden states."""
     whole: int
