@@ -178,7 +178,9 @@ class Reference:
         """
         n = len(tokens)
         prompt = _Prompt(tokens, segments, mutate, *self._place(n, segments, mutate), *_reused(n, segments))
-        passes = self._probe(prompt, policy) if isinstance(policy, Probe) else self._staged(prompt, policy)
+        passes: tuple[Any, ...] = (
+            self._probe(prompt, policy) if isinstance(policy, Probe) else self._staged(prompt, policy)
+        )
         head = "model.embed_tokens" if "lm_head.weight" not in self.weights else "lm_head"
         logits = self._linear(self._norm(passes[0][-1], "model.norm.weight"), head)
         return Result(logits, prompt.k, prompt.v, *passes[1:])

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from sglang_relay.config import RelayConfig
+from sglang_relay.engine.guards import beside_slots_reason
 
 if TYPE_CHECKING:
     from sglang.srt.model_executor.forward_batch_info import ForwardBatch
@@ -81,12 +82,7 @@ def hidden_reason(runner: Any, config: RelayConfig, layer: int, args: Any) -> st
         known = inspect.signature(_decoder_layer(runner, layer).forward).parameters
     except (AttributeError, IndexError):
         known = {}
-    reasons = (
-        ("model_without_capture", "capture_output" not in known),
-        ("cuda", str(runner.device) != "cpu"),  # captured steps replay without the hook
-        ("hierarchical_cache", bool(args.enable_hierarchical_cache)),
-    )
-    return next((name for name, hit in reasons if hit), None)
+    return beside_slots_reason(runner, args) if "capture_output" in known else "model_without_capture"
 
 
 def hidden_of(runner: Any, layer: int, failure: Callable[[str, BaseException], str]) -> HiddenStates:

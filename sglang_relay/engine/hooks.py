@@ -128,7 +128,7 @@ class SchedulerHooks:
 
     def _forward(self, original: Callable[..., Any], runner: Any, batch: Any, *args: Any, **kwargs: Any) -> Any:
         planned = self._running
-        if planned is None:
+        if planned is None or self.rotary is None:
             costs = self.relay.costs
             run = original if costs is None else functools.partial(costs.time_stock, original)
             return run(runner, batch, *args, **kwargs)

@@ -31,6 +31,7 @@ from sglang.srt.layers.radix_attention import RadixAttention
 from sglang_relay.attention import attention_mass
 from sglang_relay.config import RelayConfig
 from sglang_relay.engine.accounting import chunk_end
+from sglang_relay.engine.guards import beside_slots_reason
 from sglang_relay.engine.requests import relay_of
 
 if TYPE_CHECKING:
@@ -110,7 +111,7 @@ class Influence:
         """``insert`` the first ``up_to`` tokens of ``req`` into the tree. Where the tree has them already it keeps its
         own slots, which have another writer."""
         own = self._own(req)
-        if own is None or req.finished():
+        if own is None or req.finished() or up_to <= own.start:
             insert()
             return
         row = self._table[req.kv.req_pool_idx, own.start : up_to]
@@ -193,13 +194,9 @@ class Influence:
 def influence_reason(runner: Any, config: RelayConfig, args: Any) -> str | None:
     """Why this server does not collect, or None. args: sglang's ServerArgs. Raises ConfigError for layers that the
     model has not."""
-    reasons = (
-        ("off", config.influence_layers(runner.model_config.num_hidden_layers) is None),
-        # A captured decode step replays without the hooks, and the collection reads lengths on the host.
-        ("cuda", str(runner.device) != "cpu"),
-        ("hierarchical_cache", bool(args.enable_hierarchical_cache)),
-    )
-    return next((name for name, hit in reasons if hit), None)
+    if config.influence_layers(runner.model_config.num_hidden_layers) is None:
+        return "off"
+    return beside_slots_reason(runner, args)
 
 
 def influence_of(runner: Any, config: RelayConfig, failure: Callable[[str, BaseException], str]) -> Influence:
