@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -233,6 +234,25 @@ def test_decoding_goes_on_beside_relayed_prefills(world: World) -> None:
     after = world.server.get("/server_info")["internal_states"][0]["relay"]["stats"]
     assert after["batches"] - before["batches"] == 4 and after["fallbacks"] - before["fallbacks"] == 2
     check(inspector, world.server, world.reference, done)
+
+
+def test_a_transcript_beside_a_relayed_prefill_has_none(world: World) -> None:
+    """Its rows are scattered over the stages of the relayed batch."""
+    inspector: Inspector = world.inspector  # type: ignore[attr-defined]
+    text, first = prompts(1, 1024, 9)[0], 5
+    prompt = world.prompt(CASES["one"])
+    inspector.ask(world.server, "gather", count=2)
+    with ThreadPoolExecutor(2) as pool:
+        params = {"relay": "exact", "relay_generated_from": first}
+        other = pool.submit(world.server.generate, text, max_new_tokens=1, custom_params=params)
+        _, report = world.serve(prompt, relay_policy="relay")
+        other.result()
+    assert report["declined"] is None, report
+    assert re.search(rf"Prefill batch.*#new-token: {len(text) + len(prompt.tokens)}\b", world.server.log())
+    assert set(inspector.influence(world.server, text)) == {None}
+    # Alone it has some.
+    world.server.generate([9, *text], max_new_tokens=1, custom_params={**params, "relay_generated_from": first + 1})
+    assert None not in inspector.influence(world.server, [9, *text])[first + 1 :]
 
 
 # ---------------------------------------------------------------------- arithmetic
