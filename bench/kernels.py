@@ -21,9 +21,9 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from sglang_relay_kernels import (  # pyright: ignore[reportMissingImports]
-    delta_correction,
     deviation,
     influence,
+    interpolation,
     probe_scores,
     scattered_attention,
 )
@@ -36,6 +36,7 @@ from triton.testing import do_bench
 HEADS, KV_HEADS, DIM = 32, 8, 128
 SCALE = DIM**-0.5
 DTYPE = torch.bfloat16
+ROTARY = {"neox": True, "rotary_dim": DIM}
 
 
 class Row(NamedTuple):
@@ -118,7 +119,7 @@ def check(device: torch.device) -> None:
             close(f"realign {name} {kind}", got.cpu(), want, 2.0**-5 if kind == "K" else 0.0)
     check_attention(pool, device)
     check_selection(pool, device)
-    check_correction(pool, device)
+    check_interpolation(pool, device)
     print("every kernel agrees with its reference")
 
 
@@ -173,28 +174,46 @@ def check_selection(pool: Pool, device: torch.device) -> None:
         sys.exit("selection: other rows than a sort on the host finds")
 
 
-def check_correction(pool: Pool, device: torch.device) -> None:
-    n = 120
-    slots, segment = distinct(n, pool.slots, 6).to(device), torch.arange(n, device=device) // 50
-    rows = torch.arange(0, n, 7, device=device)
-    cos, sin = factors(n, device)
-    keys, values = pool.table.keys, pool.table.values
-    donor = [(k[slots], v[slots]) for k, v in zip(keys, values, strict=True)]
-    neighbours = delta_correction.nearest_recomputed(rows, segment)
-    weights = delta_correction.neighbour_weights(values[0], slots, rows, neighbours)
-    saved = delta_correction.save_rows(pool.table, slots[rows])
-    for buffer in (*keys, *values):
-        buffer[slots[rows]] = torch.randn(len(rows), KV_HEADS, DIM, dtype=DTYPE, device=device)
-    repaired = [(k[slots], v[slots]) for k, v in zip(keys, values, strict=True)]
-    rotary = {"neox": True, "rotary_dim": DIM}
-    deltas = delta_correction.observe(pool.table, saved, slots[rows], cos[rows], sin[rows], **rotary)
-    delta_correction.correct(pool.table, slots, deltas, neighbours, weights, cos, sin, **rotary)
-    for layer in range(len(keys)):
-        want = delta_correction.reference(
-            *(donor[layer], repaired[layer], donor[0][1], rows.tolist(), segment.tolist(), cos, sin), **rotary
-        )
-        for kind, got, expected in zip("KV", (keys[layer][slots], values[layer][slots]), want, strict=True):
-            close(f"delta correction {kind}", got, expected, 5e-2)
+def interpolation_plan(
+    pool: Pool, sizes: list[tuple[int, int]], device: torch.device
+) -> tuple[interpolation.Plan, list[tuple[Tensor, Tensor, Tensor]]]:
+    """A plan of random weights, and its parts as `interpolation.reference_carry` takes them."""
+    kept, chosen = (sum(column) for column in zip(*sizes, strict=True))
+    slots = distinct(kept + chosen, pool.slots, 6).to(device)
+    some, others = (interpolation.Rows(s, *factors(len(s), device)) for s in slots.split([kept, chosen]))
+    weights = torch.zeros(kept, interpolation.padded_width(max(m for _, m in sizes)), dtype=DTYPE, device=device)
+    parts = []
+    for rows, cols in zip(
+        torch.arange(kept, device=device).split([u for u, _ in sizes]),
+        torch.arange(chosen, device=device).split([m for _, m in sizes]),
+        strict=True,
+    ):
+        part = torch.randn(len(rows), len(cols), device=device).to(DTYPE) / len(cols)
+        weights[rows, : len(cols)] = part
+        parts.append((rows, cols, part))
+    options = interpolation.launch_options(pool.table.keys[0], pool.table.values[0], **ROTARY)
+    items = torch.from_numpy(interpolation.plan_items(sizes, options["carry"]["BLOCK_KEPT"])).to(device)
+    return interpolation.Plan(some, others, weights, items, options), parts
+
+
+def check_interpolation(pool: Pool, device: torch.device) -> None:
+    layers = list(zip(pool.table.keys, pool.table.values, strict=True))
+    plan, parts = interpolation_plan(pool, [(410, 102), (3, 1), (1, 70)], device)
+    looks = interpolation.look_rows(layers, plan.kept, **ROTARY)
+    close("interpolation looks", looks, interpolation.reference_look(layers, plan.kept, **ROTARY), 1e-5)
+    before = interpolation.save_rows(plan, *layers[0])
+    for (keys, values), following in zip(layers, [*layers[1:], None], strict=True):
+        for got, buffer in zip(before, (keys, values), strict=True):
+            close("interpolation rows kept", got, buffer[plan.chosen.slots], 0.0)
+            buffer[plan.chosen.slots] += torch.randn_like(got)
+        change, after = interpolation.change_rows(plan, keys, values, before, following)
+        want = interpolation.reference_change(keys, values, before, plan.chosen, **ROTARY)
+        close("interpolation changes", change, want, 2.0**-5)
+        expected = interpolation.reference_carry(keys, values, change, parts, plan.kept, **ROTARY)
+        interpolation.carry_rows(plan, keys, values, change)
+        for kind, buffer, value in zip("KV", (keys, values), expected, strict=True):
+            close(f"interpolation {kind}", buffer[plan.kept.slots], value, 2.0**-5)
+        before = after or before
 
 
 # --- times -----------------------------------------------------------------------------------------------------------
@@ -341,31 +360,39 @@ def time_influence(pool: Pool, span: int, device: torch.device) -> list[Row]:
     ]
 
 
-def time_correction(pool: Pool, n: int, device: torch.device) -> list[Row]:
-    slots, segment = distinct(n, pool.slots, 4).to(device), torch.zeros(n, dtype=torch.int64, device=device)
-    m = n // 10
-    rows = distinct(m, n, 5).sort().values.to(device)
-    cos, sin = factors(n, device)
-    rotary = {"neox": True, "rotary_dim": DIM}
-    neighbours = delta_correction.nearest_recomputed(rows, segment)
-    weights = delta_correction.neighbour_weights(pool.table.values[0], slots, rows, neighbours)
-    saved = delta_correction.save_rows(pool.table, slots[rows])
-    row_slots, row_cos, row_sin = slots[rows], cos[rows].contiguous(), sin[rows].contiguous()
-
-    def observe() -> delta_correction.Deltas:
-        return delta_correction.observe(pool.table, saved, row_slots, row_cos, row_sin, **rotary)
-
-    deltas = observe()
-    layers, row_bytes = len(pool.table.keys), pool.table.row_bytes
-    corrected = time_ms(
-        lambda: delta_correction.correct(pool.table, slots, deltas, neighbours, weights, cos, sin, **rotary)
-    )
-    what = f"{m} of {n} recomputed"
-    moved = layers * row_bytes * (2 * (n - m) + m)
-    return [
-        Row("observe", what, time_ms(observe), 3 * m * layers * row_bytes, 2 * m * layers * KV_HEADS * DIM),
-        Row("correct", what, corrected, moved, 16 * (n - m) * layers * row_bytes // 2),
-    ]
+def time_interpolation(pool: Pool, n: int, device: torch.device) -> list[Row]:
+    """A prompt of n reused tokens, a fifth of them recomputed, in parts of 512."""
+    count = max(1, n // 512)
+    u, m = n // count - n // count // 5, n // count // 5
+    plan, _ = interpolation_plan(pool, [(u, m)] * count, device)
+    first, second, third = list(zip(pool.table.keys, pool.table.values, strict=True))[:3]
+    before = interpolation.save_rows(plan, *first)
+    change, _ = interpolation.change_rows(plan, *first, before, second)
+    elements, row_bytes = 2 * KV_HEADS * DIM, pool.table.row_bytes
+    kept, chosen, turned = count * u, count * m, KV_HEADS * DIM
+    rows = []
+    for name, run, moved, flops in (
+        (
+            "interpolation change",
+            lambda: interpolation.change_rows(plan, *first, before, second),
+            5 * chosen * row_bytes,
+            (elements + 3 * turned) * chosen,
+        ),
+        (
+            "interpolation carry",
+            lambda: interpolation.carry_rows(plan, *first, change),
+            2 * kept * row_bytes + chosen * row_bytes + plan.weights.numel() * DTYPE.itemsize,
+            2 * kept * m * elements + 3 * turned * kept,
+        ),
+        (
+            "interpolation looks",
+            lambda: interpolation.look_rows([first, second, third], plan.kept, **ROTARY),
+            3 * kept * (2 * row_bytes + 4 * elements),
+            3 * (3 * elements + 3 * turned) * kept,
+        ),
+    ):
+        rows.append(Row(name, f"{chosen} of {n} recomputed", time_ms(run), moved, flops))
+    return rows
 
 
 def table(rows: list[Row], rates: Rates) -> str:
@@ -406,7 +433,7 @@ def main() -> None:
             *time_attention(pool, arguments.keys, device),
             *time_selection(pool, arguments.tokens, device),
             *time_influence(pool, min(arguments.tokens, pool.slots // 8), device),
-            *time_correction(pool, arguments.tokens, device),
+            *time_interpolation(pool, arguments.tokens, device),
         ]
     print(table(rows, rates))
     if arguments.json:

@@ -65,8 +65,9 @@ class RelayConfig:
     route_above: a prompt with this many fresh tokens behind its last segment per reused token, or more, is prefilled in
     full under ``probe``, whose probe then costs about as much.
     cost_model: whether a prompt is relayed only where that is predicted to save time (``cost.py``).
-    attention: what computes attention of scattered rows: ``torch``, ``flashinfer``, ``triton``, or ``auto``: the first
-    of flashinfer, triton and torch that works, and torch without a CUDA device.
+    attention: what computes attention of scattered rows: ``torch``, ``flashinfer``, ``triton``, or ``auto``:
+    flashinfer and triton, chosen for each pass, or what of them works, else torch; torch without a CUDA device.
+    graphs: whether whole passes replay SGLang's captured prefill graphs where they fit: ``auto`` or ``off``.
     default: what a request without ``custom_params.relay`` gets: ``on``, ``exact`` or ``off``.
     donate: what a finished request offers to others: its ``output``, ``all`` of its tokens, or ``none``.
     min_segment: shortest run of equal tokens, in tokens, that is reused.
@@ -93,6 +94,7 @@ class RelayConfig:
     route_above: float = 0.25
     cost_model: bool = True
     attention: str = "auto"
+    graphs: str = "off"
     default: str = "on"
     donate: str = "output"
     min_segment: int = 32
@@ -194,6 +196,7 @@ _CHECKS: tuple[Callable[[RelayConfig], None], ...] = (
     _one_of("entry", ("embeddings", "hidden")),
     _one_of("donate", ("output", "all", "none")),
     _one_of("attention", ("auto", "torch", "flashinfer", "triton")),
+    _one_of("graphs", ("auto", "off")),
     _between("tau_dev", 0.0, 1e6),
     _between("tau_inf", 0.0, 1e6),
     _between("suffix", 0, 1 << 20),
@@ -250,6 +253,7 @@ _PARSERS: dict[str, tuple[Callable[[str], Any], str]] = {
     "donate": (str, "a name"),
     "entry": (str, "a name"),
     "attention": (str, "a name"),
+    "graphs": (str, "a name"),
 }
 _INTEGER: tuple[Callable[[str], Any], str] = (int, "a whole number")
 

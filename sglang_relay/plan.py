@@ -109,10 +109,12 @@ class RelayPlan:
                 raise Decline("bad_plan", f"segment [{s.start}, {s.stop}) in chunk [{self.prefix}, {self.stop})")
             if not (s.source >= 0 and s.end >= s.stop and s.slots.dtype == torch.int64 and s.slots.numel() == s.length):
                 raise Decline("bad_plan", f"segment [{s.start}, {s.stop}) has {s.slots.numel()} slots")
-            low, high = (int(v) for v in torch.aminmax(s.slots))
+            at = s.stop
+        if self.segments:
+            # One read-back for all segments: the slots are the device's.
+            low, high = torch.stack(torch.aminmax(torch.cat([s.slots for s in self.segments]))).tolist()
             if low <= 0 or high >= pool_slots:
                 raise Decline("bad_plan", f"slots {low}..{high} outside (0, {pool_slots})")
-            at = s.stop
         if self.pending is not None:
             self._check_pending(self.pending)
 

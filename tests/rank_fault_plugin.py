@@ -21,6 +21,7 @@ def load() -> None:
     from sglang_relay import index
     from sglang_relay.attention import engines
     from sglang_relay.engine import backend, forward, manager, stage
+    from sglang_relay.ops import torch_ops
     from sglang_relay.plan import RelayPlan
     from sglang_relay.policies.relay import DeviationPolicy
 
@@ -32,7 +33,7 @@ def load() -> None:
     _wrap(engines, "attend", {"attention": _raise})
     _wrap(backend.DeviationProbe, "measure", {"measure": _raise})
     _wrap(stage.Stage, "take_over", {"hand_over": _raise})
-    _wrap(forward, "realign", {"place": _raise})
+    _wrap(torch_ops, "realign", {"place": _raise})
     _wrap(DeviationPolicy, "select", {"select": _raise, "other_rows": _other_rows})
     for name in ("time", "monotonic", "perf_counter"):
         _wrap(time, name, {"clock": _skewed})

@@ -178,22 +178,23 @@ def _stale_donor(scheduler: Any) -> Any:
 
 def _corrupt_copy() -> Any:
     """Every fourth placed token gets the values of the first one, ten times as large."""
-    from sglang_relay.engine import forward
+    from sglang_relay.ops import torch_ops
 
-    original = forward.realign
+    original = torch_ops.realign
 
     def corrupting(keys: Any, values: Any, source: Any, target: Any, *args: Any, **kwargs: Any) -> Any:
         original(keys, values, source, target, *args, **kwargs)
         for buffer in values:
             buffer[target[::4]] = 10 * buffer[target[:1]]
 
-    return forward, "realign", corrupting
+    return torch_ops, "realign", corrupting
 
 
 def _places(scheduler: Any) -> dict[str, Any]:
     from sglang_relay import index
     from sglang_relay.attention import Interpolation, engines
     from sglang_relay.engine import forward, manager, stage
+    from sglang_relay.ops import torch_ops
     from sglang_relay.plan import RelayPlan
     from sglang_relay.policies.probe import Probe
 
@@ -202,7 +203,7 @@ def _places(scheduler: Any) -> dict[str, Any]:
         "match": (index.ContentIndex, "match", _raising),
         "plan": (RelayPlan, "check", _raising),
         "prepare": (forward.StagedForward, "prepare", _raising),
-        "place": (forward, "realign", _raising),
+        "place": (torch_ops, "realign", _raising),
         "forward": (forward.StagedForward, "run", _raising),
         "attention": (engines, "attend", _raising),
         "interpolate": (Interpolation, "apply", _raising),

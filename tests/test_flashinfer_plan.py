@@ -25,7 +25,9 @@ from hypothesis import strategies as st
 from sglang_relay.attention import Heads, Sequence, TorchAttention, choose_engine, run_plan
 from sglang_relay.attention.engines import check_engine
 from sglang_relay.attention.flashinfer import WRAPPERS, FlashInferAttention
+from sglang_relay.attention.per_stage import PerStageAttention, scattered_cost
 from sglang_relay.attention.run_plan import RunPlan, plan_runs
+from sglang_relay.attention.triton import TritonAttention
 from sglang_relay.config import ConfigError
 
 CPU = torch.device("cpu")
@@ -299,6 +301,43 @@ def test_the_cost_counts_tiles_as_the_kernel_visits_them(runs: list[tuple[int, i
     plan = plan_runs(requests_of(*requests), group=group)
     assert plan.costs["runs"] == pytest.approx(causal) and plan.costs["mask"] == pytest.approx(masked)
     assert plan.form == "runs" or plan.costs[plan.form] <= causal
+
+
+# ---------------------------------------------------------------------- FlashInfer or Triton
+
+
+WHOLE = ([*range(300)], [*range(300)])
+AROUND = ([*range(200), *range(1200, 1216)], [*range(1216)])
+SCATTERED = ([*range(0, 1200, 7), 1199], [*range(1200)])
+
+
+@pytest.mark.parametrize(
+    "requests, chosen",
+    [
+        ([WHOLE], "FlashInferStage"),
+        ([AROUND, WHOLE], "FlashInferStage"),
+        ([SCATTERED], "TritonStage"),
+        ([WHOLE, SCATTERED], "TritonStage"),
+        ([], "FlashInferStage"),
+    ],
+)
+def test_causal_runs_are_flashinfers_and_scattered_rows_tritons(kernels: Kernels, requests: list, chosen: str) -> None:
+    heads = Heads(4, 2, 16, 16)
+    both = PerStageAttention(engine_for(heads), TritonAttention(heads, capability=90, multiprocessors=8))
+    stage = both.plan(requests_of(*requests), dtype=torch.float16, device=CPU)
+    assert type(stage).__name__ == chosen
+
+
+@given(st.lists(st.integers(0, 900), min_size=1, max_size=300, unique=True), st.sampled_from([1, 3, 8, 200]))
+@settings(deadline=None, max_examples=60)
+def test_the_cost_of_scattered_rows_counts_tiles(rows: list[int], group: int) -> None:
+    seen = np.array(sorted(rows)) + 1
+    most, cost = max(1, 128 // group), 0.0
+    for first in range(0, len(seen), most):
+        tile = seen[first : first + most]
+        packed = len(tile) * group
+        cost += 1.3 * (64 if packed <= 64 else -(-packed // 128) * 128) * int(tile[-1])
+    assert scattered_cost([seen, np.empty(0, np.int64)], group) == pytest.approx(cost)
 
 
 # ---------------------------------------------------------------------- the class

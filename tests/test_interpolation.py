@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sglang_relay.attention import Interpolation, parts_of
+from sglang_relay.attention import Interpolation, TorchCarrier, parts_of
 from sglang_relay.rotary import DeltaRotary
 
 LAYERS, SLOTS, HEADS, DIM, ROTARY = 5, 200, 2, 16, 8
@@ -39,7 +39,8 @@ class World(NamedTuple):
 
     def interpolation(self) -> Interpolation:
         parts = parts_of(self.offsets, self.chosen)
-        return Interpolation(parts, self.slots, self.positions, self.index, (self.keys, self.values), self.rotary)
+        buffers = self.keys, self.values
+        return Interpolation(parts, self.slots, self.positions, self.index, buffers, self.rotary, TorchCarrier())
 
     def plain(self, layer: int) -> torch.Tensor:
         """float64 [n, heads * dim]: keys without their positions."""

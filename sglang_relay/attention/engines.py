@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -76,8 +76,8 @@ class TorchAttention:
 def choose_engine(
     wanted: str, heads: set[Heads], *, dtype: torch.dtype, kv_dtype: torch.dtype, device: torch.device
 ) -> AttentionEngine:
-    """The implementation ``wanted``, or under ``auto`` the first that works here of FlashInfer, Triton and PyTorch; on
-    a device that is no CUDA device always PyTorch.
+    """The implementation ``wanted``. Under ``auto`` FlashInfer and Triton, whichever is cheaper for a stage, where both
+    work here, the one that does where it is one, else PyTorch; on a device that is no CUDA device always PyTorch.
 
     heads: those of the model's layers. dtype, kv_dtype: of queries and of the pool.
 
@@ -85,16 +85,21 @@ def choose_engine(
     """
     if wanted == "torch" or (wanted == "auto" and device.type != "cuda"):
         return TorchAttention()
+    working: list[Any] = []
     for name in ("flashinfer", "triton") if wanted == "auto" else (wanted,):
         try:
             engine = _build(name, heads, dtype, kv_dtype, device)
             check_engine(engine, next(iter(heads)), dtype=dtype, kv_dtype=kv_dtype, device=device)
-            return engine
+            working.append(engine)
         except Exception as error:
             if wanted != "auto":
                 raise ConfigError(f"attention={wanted}: does not work here: {error}") from error
             logger.warning("relay: %s attention does not work here: %s", name, error)
-    return TorchAttention()
+    if len(working) == 2:
+        from sglang_relay.attention.per_stage import PerStageAttention
+
+        return PerStageAttention(*working)
+    return working[0] if working else TorchAttention()
 
 
 def _build(

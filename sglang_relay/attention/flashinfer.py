@@ -52,9 +52,15 @@ class FlashInferAttention:
 
     def plan(self, sequences: list[Sequence], *, dtype: torch.dtype, device: torch.device) -> FlashInferStage:
         """As `torch_sdpa.plan_attention`. Raises ValueError for another dtype than the one it was made for."""
+        runs = plan_runs(sequences, group=self.heads.query // self.heads.kv)
+        return self.stage(sequences, runs, dtype=dtype, device=device)
+
+    def stage(
+        self, sequences: list[Sequence], runs: RunPlan, *, dtype: torch.dtype, device: torch.device
+    ) -> FlashInferStage:
+        """runs: of ``sequences``."""
         if dtype != self.dtype:
             raise ValueError(f"planned for queries in {self.dtype}, not in {dtype}")
-        runs = plan_runs(sequences, group=self.heads.query // self.heads.kv)
         slots = [s.slots.to(torch.int32) for s in sequences]
         keys = np.diff(runs.kv_indptr).tolist()
         parts = [slots[owner][:count] for owner, count in zip(runs.owner.tolist(), keys, strict=True)]

@@ -17,6 +17,8 @@ of what the interpolation leaves.
 
 FLOPs of a part of n tokens, m of them recomputed, with e elements of K and V per token and layer: ``2 n m e`` per
 layer, and ``6 n m e`` once. Beside the pool it needs one layer's K and V of the recomputed tokens, and the weights.
+
+The arithmetic on K and V is a `Carrier`'s (``carriers.py`` chooses one at start-up). Nothing waits for the device.
 """
 
 from __future__ import annotations
@@ -28,19 +30,31 @@ from typing import NamedTuple, Protocol
 import numpy as np
 import torch
 
+from sglang_relay.transfer import on_device
+
 SHARPNESS = 4.0
 NOISE = 0.2
 OFFSET = 4
 """As in the probe's prior: the first tokens of a text are not infinitely far apart."""
 PART = 512
 """Most tokens of a segment that are related to each other; bounds the work, which grows with the square."""
+FAR = 1e6
+"""Distance of what is no token from every token: ``exp(-FAR)`` is zero."""
 FIRST_LAYER = 1
 """K and V of layer 0 depend on no context."""
+
+
+Layer = tuple[torch.Tensor, torch.Tensor]
+"""K and V buffers of a layer, [slots, heads, dim]; K carries positions."""
 
 
 class Rotation(Protocol):
     """`sglang_relay.rotary.DeltaRotary`."""
 
+    @property
+    def neox(self) -> bool: ...
+    @property
+    def rotary_dim(self) -> int: ...
     def factors(self, source: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]: ...
     def rotate(self, key: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor: ...
 
@@ -67,12 +81,48 @@ def parts_of(offsets: Sequence[int], chosen: np.ndarray) -> list[Part]:
     return found
 
 
-class _Tokens(NamedTuple):
-    """slots: int64 [t]. back, forth: (cos, sin) that turn keys to position 0 and to their own."""
+class Tokens(NamedTuple):
+    """slots: int64 [t]. cos, sin: float32 [t, rotary_dim / 2], turn their keys from their positions to position 0."""
 
     slots: torch.Tensor
-    back: tuple[torch.Tensor, torch.Tensor]
-    forth: tuple[torch.Tensor, torch.Tensor]
+    cos: torch.Tensor
+    sin: torch.Tensor
+
+
+class Weights(NamedTuple):
+    """From changes of chosen tokens to changes of kept ones, in parts that know nothing of each other.
+
+    matrix: float32 [parts, most_kept, most_chosen]; zero in columns past a part's chosen tokens, finite in rows past
+    its kept ones. sizes: kept and chosen tokens of each part. kept_at, chosen_at: int64 [u], [m], each token's place
+    among ``parts * most_kept`` rows, ``parts * most_chosen`` columns.
+    """
+
+    matrix: torch.Tensor
+    sizes: list[tuple[int, int]]
+    kept_at: torch.Tensor
+    chosen_at: torch.Tensor
+
+
+class Carried(Protocol):
+    """The layers of one prompt, in order."""
+
+    def apply(self, layer: Layer, following: Layer | None) -> None:
+        """Correct the kept tokens of ``layer`` in place; ``following``, the one after it, holds donor KV still."""
+        ...
+
+
+class Carrier(Protocol):
+    """The work on K and V. Nothing waits for the device."""
+
+    name: str
+
+    def looks(self, layers: list[Layer], of: Tokens, rotation: Rotation) -> torch.Tensor:
+        """float32 [t, ...]: products of two rows are the mean cosine of K, without positions, and V in ``layers``."""
+        ...
+
+    def carry(self, kept: Tokens, chosen: Tokens, weights: Weights, rotation: Rotation, first: Layer) -> Carried:
+        """Get ready to correct from layer ``first`` on, which holds donor KV still."""
+        ...
 
 
 class Interpolation:
@@ -86,70 +136,38 @@ class Interpolation:
         index: torch.Tensor,
         buffers: tuple[Sequence[torch.Tensor], Sequence[torch.Tensor]],
         rotary: Rotation,
+        carrier: Carrier,
     ) -> None:
         """parts: not empty. slots, positions, index: int64 [n], slot, prompt position and place in the donor's text of
         each reused token. buffers: K and V, per layer [slots, kv_heads, dim]; K carries positions."""
-        self._rotary = rotary
-        self._layers = list(zip(*buffers, strict=True))
+        self._layers: list[Layer] = list(zip(*buffers, strict=True))
         self._next = FIRST_LAYER
-        rows = [_at(np.concatenate(rows), slots.device) for rows in zip(*parts, strict=True)]
-        self._kept, self._chosen = (self._tokens(slots, positions, r) for r in rows)
+        self._carried: Carried | None = None
+        if self._next >= len(self._layers):
+            return
         sizes = [(len(part.kept), len(part.chosen)) for part in parts]
-        place = torch.log(index.float() + OFFSET)
-        weights = self._weights(sizes, [place.index_select(0, r) for r in rows])
-        # All parts in one product: one launch for a prompt, however many segments it has.
-        self._kept_at, self._chosen_at = (
-            _at(np.concatenate([np.arange(n) + i * max(column) for i, n in enumerate(column)]), slots.device)
-            for column in zip(*sizes, strict=True)
+        most = [max(column) for column in zip(*sizes, strict=True)]
+        places = [
+            np.concatenate([np.arange(count) + i * widest for i, count in enumerate(column)])
+            for column, widest in zip(zip(*sizes, strict=True), most, strict=True)
+        ]
+        rows = [np.concatenate(column) for column in zip(*parts, strict=True)]
+        *rows, kept_at, chosen_at = _on_device([*rows, *places], slots.device)
+        kept, chosen = (
+            Tokens(slots.index_select(0, r), *rotary.factors(at, torch.zeros_like(at)))
+            for r, at in ((r, positions.index_select(0, r)) for r in rows)
         )
-        self._padded = weights[0].new_zeros(len(parts), *(max(column) for column in zip(*sizes, strict=True)))
-        for padded, part in zip(self._padded, weights, strict=True):
-            padded[: part.shape[0], : part.shape[1]] = part
-        self._before = self._snapshot()
-
-    def _tokens(self, slots: torch.Tensor, positions: torch.Tensor, rows: torch.Tensor) -> _Tokens:
-        at = positions.index_select(0, rows)
-        cos, sin = self._rotary.factors(at, torch.zeros_like(at))
-        return _Tokens(slots.index_select(0, rows), (cos, sin), (cos, -sin))
-
-    def _read(self, keys: torch.Tensor, values: torch.Tensor, of: _Tokens) -> torch.Tensor:
-        """float32 [t, e_k + e_v], keys turned back to position 0."""
-        key = self._rotary.rotate(keys.index_select(0, of.slots).float(), *of.back)
-        return torch.cat((key.flatten(1), values.index_select(0, of.slots).float().flatten(1)), 1)
-
-    def _weights(self, sizes: list[tuple[int, int]], places: list[torch.Tensor]) -> list[torch.Tensor]:
-        """Per part [u, m]: changes of chosen tokens to changes of kept ones."""
-        kept, chosen = self._looks(self._kept), self._looks(self._chosen)
-        dtype = self._layers[0][0].dtype
-        # Half precision, whose rounding is far below the regression's error, where there are instructions for it.
-        half = dtype is torch.bfloat16 or (dtype is torch.float16 and kept.is_cuda)
-        found = []
-        for u, m, near_u, near_m in zip(
-            kept.split([u for u, _ in sizes]),
-            chosen.split([m for _, m in sizes]),
-            places[0].split([u for u, _ in sizes]),
-            places[1].split([m for _, m in sizes]),
-            strict=True,
-        ):
-            gram = _kernel(m @ m.T, near_m, near_m)
-            gram.diagonal().add_(NOISE)
-            factor, _ = torch.linalg.cholesky_ex(gram)  # does not wait for the device
-            weights = _kernel(u @ m.T, near_u, near_m) @ torch.cholesky_inverse(factor)
-            found.append(weights.to(dtype) if half else weights)
-        return found
-
-    def _looks(self, of: _Tokens) -> torch.Tensor:
-        """float32 [t, ...]: products of two rows are the mean cosine."""
-        found = []
-        for quarter in (1, 2, 3):
-            keys, values = self._layers[len(self._layers) * quarter // 4]
-            sides = self._read(keys, values, of).tensor_split([keys[0].numel()], 1)
-            found += [torch.nn.functional.normalize(side) for side in sides]
-        return torch.cat(found, 1) * len(found) ** -0.5
-
-    def _snapshot(self) -> torch.Tensor | None:
-        """Donor K and V of the chosen tokens in the layer that comes next."""
-        return self._read(*self._layers[self._next], self._chosen) if self._next < len(self._layers) else None
+        # FAR from every token is what fills the parts up to one size.
+        far = index.new_full((len(parts) * sum(most),), FAR, dtype=torch.float32)
+        place = torch.log(index.float() + OFFSET)
+        near = far.split([len(parts) * count for count in most])
+        for all_of, at, r in zip(near, (kept_at, chosen_at), rows, strict=True):
+            all_of.index_copy_(0, at, place.index_select(0, r))
+        looked = [self._layers[len(self._layers) * quarter // 4] for quarter in (1, 2, 3)]
+        looks = [carrier.looks(looked, of, rotary) for of in (kept, chosen)]
+        matrix = _regression(sizes, *looks, *(x.unflatten(0, (len(parts), -1)) for x in near))
+        weights = Weights(matrix, sizes, kept_at, chosen_at)
+        self._carried = carrier.carry(kept, chosen, weights, rotary, self._layers[self._next])
 
     def apply(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Correct kept tokens of ``layer`` in place, once; every chosen token's fresh K and V are written, and nothing
@@ -157,26 +175,40 @@ class Interpolation:
 
         keys, values: this layer's buffers, [slots, kv_heads, dim].
         """
-        if layer != self._next or self._before is None:
+        if layer != self._next or self._carried is None:
             return
-        change = self._read(keys, values, self._chosen).sub_(self._before)
-        parts, _, most_chosen = self._padded.shape
-        padded = self._padded.new_zeros(parts * most_chosen, change.shape[1])
-        padded.index_copy_(0, self._chosen_at, change.to(padded.dtype))
-        step = torch.bmm(self._padded, padded.unflatten(0, (parts, most_chosen))).flatten(0, 1)
-        by_k, by_v = step.index_select(0, self._kept_at).float().tensor_split([keys[0].numel()], 1)
-        by_k = self._rotary.rotate(by_k.unflatten(-1, keys.shape[1:]), *self._kept.forth)
-        for buffer, by in ((keys, by_k), (values, by_v.unflatten(-1, values.shape[1:]))):
-            now = buffer.index_select(0, self._kept.slots).float().add_(by)
-            buffer.index_copy_(0, self._kept.slots, now.to(buffer.dtype))
         self._next += 1
-        self._before = self._snapshot()
+        self._carried.apply((keys, values), self._layers[self._next] if self._next < len(self._layers) else None)
 
 
-def _at(rows: np.ndarray, device: torch.device) -> torch.Tensor:
-    return torch.from_numpy(np.ascontiguousarray(rows, dtype=np.int64)).to(device, non_blocking=True)
+def _regression(
+    sizes: list[tuple[int, int]],
+    kept: torch.Tensor,
+    chosen: torch.Tensor,
+    near_kept: torch.Tensor,
+    near_chosen: torch.Tensor,
+) -> torch.Tensor:
+    """`Weights.matrix`. kept, chosen: float32 [u, ...], [m, ...], looks. near_kept, near_chosen: float32
+    [parts, most_kept], [parts, most_chosen], logarithms of places, `FAR` where a part has fewer tokens."""
+    parts, most = near_chosen.shape
+    gram, cross = near_chosen.new_zeros(parts, most, most), near_kept.new_zeros(parts, near_kept.shape[1], most)
+    by_part = zip(kept.split([u for u, _ in sizes]), chosen.split([m for _, m in sizes]), strict=True)
+    for i, (u, m) in enumerate(by_part):
+        gram[i, : len(m), : len(m)] = m @ m.T
+        cross[i, : len(u), : len(m)] = u @ m.T
+    gram, cross = _kernel(gram, near_chosen, near_chosen), _kernel(cross, near_kept, near_chosen)
+    gram.diagonal(dim1=1, dim2=2).add_(NOISE)
+    # Neither of these waits for the device; `cholesky_inverse` would, to check what it was given.
+    factor, _ = torch.linalg.cholesky_ex(gram)
+    half = torch.linalg.solve_triangular(factor.mT, cross, upper=True, left=False)
+    return torch.linalg.solve_triangular(factor, half, upper=False, left=False)
+
+
+def _on_device(columns: list[np.ndarray], device: torch.device) -> tuple[torch.Tensor, ...]:
+    """int64 tensors, in one copy."""
+    return on_device(np.concatenate(columns, dtype=np.int64), device).split([len(column) for column in columns])
 
 
 def _kernel(cosine: torch.Tensor, some: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
-    """some, others: logarithms of the rows' and the columns' places."""
-    return torch.exp(SHARPNESS * (cosine - 1.0) - (some[:, None] - others).abs())
+    """cosine: [parts, a, b]. some, others: [parts, a], [parts, b], logarithms of the places."""
+    return torch.exp(SHARPNESS * (cosine - 1.0) - (some[:, :, None] - others[:, None, :]).abs())

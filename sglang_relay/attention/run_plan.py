@@ -92,6 +92,17 @@ def _cost(rows: _Rows, starts: np.ndarray, group: int, causal: bool) -> float:
     return float((per_tile * visits).sum())
 
 
+def tiles_cost(seen: np.ndarray, group: int) -> float:
+    """Of one request's rows where every tile of `TILE` packed rows reads the keys that its last row sees.
+
+    seen: as of `seen_keys`.
+    """
+    most = max(1, TILE // group)
+    first = np.arange(0, len(seen), most)
+    stops = np.minimum(first + most, len(seen))
+    return float((_padded((stops - first) * group) * seen[stops - 1]).sum()) if len(seen) else 0.0
+
+
 def _merge(rows: _Rows, runs: np.ndarray, group: int) -> np.ndarray:
     """int64, first row of each sequence of the form ``merged``."""
     total, most = len(rows.seen), max(1, TILE // group)

@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
+from sglang_relay.transfer import on_device
+
 BLOCK_ROWS = 128
 """Query rows per masked call: large enough to amortise the call, small enough to skip most keys above the diagonal."""
 
@@ -104,7 +106,8 @@ def _blocks(seen: np.ndarray, first: int, dtype: torch.dtype, device: torch.devi
         mask = None
         if len(part) > 1:
             hidden = torch.arange(last)[None, :] >= torch.from_numpy(part)[:, None]
-            mask = torch.zeros(hidden.shape, dtype=dtype).masked_fill_(hidden, float("-inf")).to(device)
+            mask = torch.zeros(hidden.shape, dtype=dtype).masked_fill_(hidden, float("-inf"))
+            mask = on_device(mask, device)
         blocks.append(_Block(first + low, len(part), last, mask, False))
     return tuple(blocks)
 

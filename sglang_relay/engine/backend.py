@@ -13,11 +13,11 @@ from sglang_relay.attention import (
     AttentionEngine,
     Heads,
     Interpolation,
-    ProbeRows,
     StageAttention,
     choose_engine,
-    probe_scores,
 )
+from sglang_relay.ops import Deviation, Ops, Pool, ProbeScores, choose_ops
+from sglang_relay.rotary import DeltaRotary
 
 if TYPE_CHECKING:
     from sglang.srt.model_executor.forward_batch_info import ForwardBatch
@@ -25,10 +25,19 @@ if TYPE_CHECKING:
 
 def attention_of(runner: Any, wanted: str) -> AttentionEngine:
     """The implementation ``wanted`` (setting ``attention``) for the model's heads. Raises ConfigError."""
-    layers = [m for m in runner.model.modules() if isinstance(m, RadixAttention)]
-    heads = {Heads(a.tp_q_head_num, a.tp_k_head_num, a.qk_head_dim, a.v_head_dim) for a in layers}
     pool = runner.token_to_kv_pool.k_buffer[0]
-    return choose_engine(wanted, heads, dtype=runner.dtype, kv_dtype=pool.dtype, device=pool.device)
+    return choose_engine(wanted, _heads(runner), dtype=runner.dtype, kv_dtype=pool.dtype, device=pool.device)
+
+
+def ops_of(runner: Any, rotary: DeltaRotary, queries: int) -> Ops:
+    """What copies, measures and scores for the model's pool. queries: most probe queries of a prompt."""
+    pool = runner.token_to_kv_pool
+    return choose_ops(Pool(pool.k_buffer, pool.v_buffer), rotary, _heads(runner), dtype=runner.dtype, queries=queries)
+
+
+def _heads(runner: Any) -> set[Heads]:
+    layers = [m for m in runner.model.modules() if isinstance(m, RadixAttention)]
+    return {Heads(a.tp_q_head_num, a.tp_k_head_num, a.qk_head_dim, a.v_head_dim) for a in layers}
 
 
 class DeviationProbe:
@@ -43,49 +52,46 @@ class DeviationProbe:
         self.layer = layer
         self._rows = rows
         self._donor_slots = donor_slots
-        self.cosine_sum = torch.zeros(rows.numel(), dtype=torch.float32, device=rows.device)
-        """float32 [n], cosines summed over this rank's KV heads."""
+        self.distance_sum = torch.zeros(rows.numel(), dtype=torch.float32, device=rows.device)
+        """float32 [n], 1 - cosine summed over this rank's KV heads."""
         self.heads = heads
         self.measured = False
 
-    def measure(self, value: torch.Tensor, value_buffer: torch.Tensor) -> None:
+    def measure(self, deviation: Deviation, value: torch.Tensor, value_buffer: torch.Tensor) -> None:
         """value: [rows, kv_heads, v_dim], fresh; value_buffer: [slots, kv_heads, v_dim], not yet overwritten."""
-        fresh = value.index_select(0, self._rows).float()
-        cached = value_buffer.index_select(0, self._donor_slots).float()
         self.measured = True
-        self.cosine_sum = torch.cosine_similarity(fresh, cached, dim=-1).sum(-1)
+        self.distance_sum = deviation.distances(value, self._rows, value_buffer, self._donor_slots)
 
 
-class LayerDone(Exception):
+class LayerDone(BaseException):
     """Leaves the model in the middle of a layer whose K and V are all that was wanted of it.
 
-    Raised on every rank at the same layer, between two collectives.
+    Raised on every rank at the same layer, between two collectives. No Exception: nothing went wrong, and SGLang logs
+    those that leave a graph as failures of it.
     """
 
 
 class AttentionProbe:
     """What the probe queries look at, summed over the layers (design: policy-study.md, "The probe policy").
 
-    rows: the probe queries of each prompt. score: per prompt, float32 [tokens], over this rank's heads; layer ``l`` of
-    ``L`` counts ``(l + 1) / L``.
+    scores: planned for the probe queries of each prompt; over this rank's heads. Layer ``l`` of ``L`` counts
+    ``(l + 1) / L``.
     """
 
-    def __init__(self, rows: list[ProbeRows], layers: int) -> None:
-        self._rows = rows
+    def __init__(self, scores: ProbeScores, layers: int) -> None:
+        self.scores = scores
         self._layers = layers
-        self.score = [torch.zeros(r.wanted.numel(), dtype=torch.float32, device=r.wanted.device) for r in rows]
 
     def measure(self, layer: RadixAttention, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> None:
-        weight = (layer.layer_id + 1) / self._layers
-        for rows, score in zip(self._rows, self.score, strict=True):
-            score.add_(probe_scores(rows, query, keys, values, layer.scaling), alpha=weight)
+        self.scores.add(query, keys, values, layer.scaling, (layer.layer_id + 1) / self._layers)
 
 
 class RelayAttentionBackend(AttentionBackend):
     """Swapped in through the forward context for one relay forward; the server's own backend is untouched."""
 
-    def __init__(self, runner: Any) -> None:
+    def __init__(self, runner: Any, ops: Ops) -> None:
         super().__init__()
+        self._ops = ops
         self.token_to_kv_pool = runner.token_to_kv_pool
         self.req_to_token_pool = runner.req_to_token_pool
         self.stage: StageAttention | None = None
@@ -147,7 +153,8 @@ class RelayAttentionBackend(AttentionBackend):
         pool = self.token_to_kv_pool
         keys, values = pool.get_key_buffer(layer.layer_id), pool.get_value_buffer(layer.layer_id)
         if self.deviation is not None and self.deviation.layer == layer.layer_id:
-            self.deviation.measure(v.view(-1, layer.tp_v_head_num, layer.v_head_dim), values)
+            fresh = v.view(-1, layer.tp_v_head_num, layer.v_head_dim)
+            self.deviation.measure(self._ops.deviation, fresh, values)
         if save_kv_cache:
             pool.set_kv_buffer(layer, KVWriteLoc(forward_batch.out_cache_loc, None), k, v)
         for interpolation in self.interpolations:

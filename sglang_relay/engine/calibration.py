@@ -19,7 +19,7 @@ from sglang.srt.model_executor.forward_batch_info import ForwardBatch, ForwardMo
 
 from sglang_relay.cost import CALIBRATION_SECONDS, Shape, calibrate, calibration_shapes
 from sglang_relay.engine.consensus import digest_of
-from sglang_relay.engine.forward import StagedForward, copy_turned
+from sglang_relay.engine.forward import StagedForward
 from sglang_relay.engine.manager import BatchPlan, RelayManager
 from sglang_relay.plan import Decline
 from sglang_relay.policies.rotate import Rotate
@@ -153,12 +153,15 @@ class _Passes:
     def _copy(self, count: int) -> None:
         positions = torch.arange(count, device=self._slots.device)
         donors, own = self._slots[:count], self._slots[count : 2 * count]
-        copy_turned(self._runner.token_to_kv_pool, self._rotary, donors, own, positions, positions + count)
+        self._relay.ops.copier.copy_turned(donors, own, positions, positions + count)
 
     def _relayed(self, batch: ForwardBatch) -> None:
         """As a served one that has nothing to copy; its host work belongs to its time."""
         planned = BatchPlan(Rotate(self._runner.model_config.num_hidden_layers), [], [], [])
-        staged = StagedForward(self._runner, batch, planned, self._rotary, self._relay.attention, 1)
+        relay, queries = self._relay, 1
+        staged = StagedForward(
+            self._runner, batch, planned, self._rotary, relay.attention, relay.ops, queries, relay.graphs
+        )
         failure = None
         try:
             staged.prepare()

@@ -44,6 +44,7 @@ _ELSEWHERE = frozenset(
         "profile",
         "audit_every",
         "cost_model",
+        "graphs",
         "default",
         "donate",
         "index_bytes",

@@ -16,17 +16,19 @@ import numpy as np
 import torch
 from sglang.srt.model_executor.model_runner import ModelRunnerOutput
 from sglang.srt.runtime_context import get_parallel
-from sglang_relay_kernels.realign import realign  # pyright: ignore[reportMissingImports]
 
 from sglang_relay.attention import AttentionEngine, Interpolation, parts_of
 from sglang_relay.engine.audit import AUDITED, divergence
 from sglang_relay.engine.backend import AttentionProbe, DeviationProbe, RelayAttentionBackend
 from sglang_relay.engine.consensus import digest_of
+from sglang_relay.engine.graphs import PrefillGraphs
 from sglang_relay.engine.layout import Layout, Span
 from sglang_relay.engine.probing import ProbePass
 from sglang_relay.engine.stage import Stage
+from sglang_relay.ops import Ops
 from sglang_relay.plan import Decline
 from sglang_relay.policies import PromptView
+from sglang_relay.transfer import on_device, read_back
 
 if TYPE_CHECKING:
     from sglang.srt.model_executor.forward_batch_info import ForwardBatch
@@ -59,16 +61,20 @@ class StagedForward:
         planned: BatchPlan,
         rotary: DeltaRotary,
         attention: AttentionEngine,
+        ops: Ops,
         probe_queries: int,
+        graphs: PrefillGraphs | None = None,
         hidden: HiddenStates | None = None,
     ) -> None:
         self.runner = runner
         self.attention = attention
+        self.ops = ops
         self.batch = batch
         self.policy = planned.policy
         self.plans = planned.plans
         self.rotary = rotary
         self.probe_queries = probe_queries
+        self.graphs = graphs
         self.hidden = hidden
         self.states: torch.Tensor | None = None
         self.head: Stage | None = None
@@ -83,7 +89,7 @@ class StagedForward:
     def prepare(self) -> None:
         """Lay out rows and plan the first stage. Raises Decline when the batch is not what was planned."""
         self.layout = layout = Layout(self.runner, self.batch, self.plans)
-        self.backend = RelayAttentionBackend(self.runner)
+        self.backend = RelayAttentionBackend(self.runner, self.ops)
         self.fresh = np.flatnonzero(layout.fresh)
         self.ends = self._rows_with_logits()
         self.placing = [s for s in layout.spans if s.source is not None]
@@ -96,12 +102,14 @@ class StagedForward:
         if self.policy.probes:
             self.probing = probing = ProbePass(layout, self.probe_queries)
             self.first = self._stage(probing.rows, probing.missing)
-            self.backend.probe = AttentionProbe([rows for _, rows in probing.asked], self.layers)
+            asked = [queries for _, queries in probing.asked]
+            scores = self.ops.probe.plan(asked, dtype=self.runner.dtype, device=layout.device)
+            self.backend.probe = AttentionProbe(scores, self.layers)
             for number, rows in enumerate(probing.repeated):
                 self.work[number] += rows * self.layers
         else:
             self.first = self._stage(self._first_rows())
-        if self.policy.signal == "deviation":
+        if self.policy.signal == "deviation" and self.policy.whole < self.policy.until:
             self._prepare_deviation()
 
     def _first_rows(self) -> np.ndarray:
@@ -141,7 +149,7 @@ class StagedForward:
     def _stage(self, rows: np.ndarray, missing: np.ndarray | None = None) -> Stage:
         sequences = self.layout.sequences(rows, missing)
         attention = self.attention.plan(sequences, dtype=self.runner.dtype, device=self.layout.device)
-        return Stage(self.runner.model, self.layout, self.backend, rows, attention)
+        return Stage(self.runner.model, self.layout, self.backend, rows, attention, self.graphs)
 
     def _rows_with_logits(self) -> np.ndarray:
         """Each request's last row, and those whose prompt logprobs are asked for; fresh in every stage."""
@@ -164,9 +172,14 @@ class StagedForward:
         if not self.placing:
             return
         layout = self.layout
-        donors = torch.cat([s.slots for s in self.placing if s.slots is not None]).to(layout.device)
+        slots = [s.slots for s in self.placing if s.slots is not None]
+        donors = torch.cat(slots).to(layout.device)
+        if layout.device.type == "cuda":
+            # The scheduler's stream made them, this one reads them, and the plan that holds them ends before it does.
+            for made in slots:
+                made.record_stream(torch.cuda.current_stream(layout.device))
         own = layout.out_loc.index_select(0, layout.tensor(layout.rows_of(self.placing))).long()
-        copy_turned(self.runner.token_to_kv_pool, self.rotary, donors, own, self.source, self.target)
+        self.ops.copier.copy_turned(donors, own, self.source, self.target)
 
     def run(self, relay: RelayManager) -> tuple[Any, list[Work]]:
         """Returns the logits output and what each plan's repair took.
@@ -229,9 +242,10 @@ class StagedForward:
         return self._finish(relay, stage, 0)
 
     def _finish(self, relay: RelayManager, stage: Stage, done: int) -> Any:
-        """Layers ``[done, layers)``; of the last one, K and V of all rows, and the rest of it where logits are read."""
+        """Layers ``[done, layers)``; of the last one, K and V of all rows, and the rest of it where logits are read,
+        unless a replay runs all of it anyway."""
         last = self.layers - 1
-        if done >= last or len(self.ends) == len(stage.rows):
+        if done >= last or len(self.ends) == len(stage.rows) or stage.replays(done, self.layers):
             return stage.layers(done, self.layers)
         stage.layers(done, last)
         ends, others = self._next(relay, stage, lambda: [self.ends, stage.rows])
@@ -272,15 +286,16 @@ class StagedForward:
     # ------------------------------------------------------------------ select
 
     def _deviations(self) -> list[torch.Tensor | None]:
-        """Per plan, float32 [n]: 1 - mean cosine over the KV heads of all ranks, equal on all of them.
+        """Per plan, float32 [n]: mean of 1 - cosine over the KV heads of all ranks, equal on all of them.
 
         A collective: a rank whose measurement failed takes part with zeros, and is found out by the agreement after it.
         """
         probe = self.backend.deviation
         if probe is None:
             return [None] * len(self.plans)
-        packed = _sum_over_ranks(torch.cat((probe.cosine_sum, probe.cosine_sum.new_tensor([float(probe.heads)]))))
-        deviation = 1.0 - packed[:-1] / packed[-1]
+        heads = probe.distance_sum.new_full((1,), probe.heads)
+        packed = _sum_over_ranks(torch.cat((probe.distance_sum, heads)))
+        deviation = packed[:-1] / packed[-1]
         counts = [sum(s.length for s in self.layout.approximate(i)) for i in range(len(self.plans))]
         return list(deviation.split(counts))
 
@@ -299,7 +314,7 @@ class StagedForward:
 
         A collective, as ``_deviations``."""
         signals: list[torch.Tensor | None] = [None] * len(self.plans)
-        scores = [] if self.backend.probe is None else self.backend.probe.score
+        scores = [] if self.backend.probe is None else self.backend.probe.scores.totals()
         if scores:
             parts = _sum_over_ranks(torch.cat(scores)).split([s.numel() for s in scores])
             for (number, _), part in zip(self.probing.asked, parts, strict=True):
@@ -307,20 +322,22 @@ class StagedForward:
         return signals
 
     def _with_selected(self, rows: np.ndarray, signals: list[torch.Tensor | None]) -> np.ndarray:
-        """``rows`` and the rows that the policy selects; its work is counted."""
+        """``rows`` and the rows that the policy selects; its work is counted. Here, and nowhere else, the host waits
+        for the device, once for all plans."""
         policy, layout = self.policy, self.layout
         probe = self.backend.deviation
         if probe is not None and not probe.measured:
             raise RuntimeError(f"layer {probe.layer} did not report its values")
         active = np.zeros(len(layout.positions), dtype=bool)
         active[rows] = True
+        asked = []
         for number, (plan, signal) in enumerate(zip(self.plans, signals, strict=True)):
             spans = layout.approximate(number)
             if not spans or (signal is None and policy.signal != "none"):
                 continue
-            view, reused = self._view(spans, signal), layout.rows_of(spans)
-            view = replace(view, influence=self.influence[number])
-            keep = policy.select(view, plan.budget).cpu().numpy()
+            view = replace(self._view(spans, signal), influence=self.influence[number])
+            asked.append((number, view, layout.rows_of(spans), policy.select(view, plan.budget)))
+        for (number, view, reused, _), keep in zip(asked, read_back([keep for *_, keep in asked]), strict=True):
             chosen = reused[keep]
             if policy.interpolates:
                 self._interpolate(view, reused, keep)
@@ -336,8 +353,9 @@ class StagedForward:
             at = layout.tensor(rows)
             slots, positions = (t.index_select(0, at).long() for t in (layout.out_loc, layout.row_positions))
             buffers = pool.k_buffer, pool.v_buffer
+            index = view.index.to(layout.device)
             self.backend.interpolations.append(
-                Interpolation(parts, slots, positions, view.index.to(layout.device), buffers, self.rotary)
+                Interpolation(parts, slots, positions, index, buffers, self.rotary, self.ops.carrier)
             )
 
     def _view(self, spans: list[Span], signal: torch.Tensor | None) -> PromptView:
@@ -349,21 +367,6 @@ class StagedForward:
         return PromptView(tuple(offsets.tolist()), tensor(index), tensor(left), signal)
 
 
-def copy_turned(
-    pool: Any,
-    rotary: DeltaRotary,
-    donors: torch.Tensor,
-    own: torch.Tensor,
-    source: torch.Tensor,
-    target: torch.Tensor,
-) -> None:
-    """Copy K and V of slots ``donors`` to slots ``own``, keys turned from positions ``source`` to ``target``, in all
-    layers; each int64 [n] on the pool's device."""
-    cos, sin = rotary.factors(source, target)
-    buffers = pool.k_buffer, pool.v_buffer
-    realign(*buffers, donors, own, cos, sin, neox=rotary.neox, rotary_dim=rotary.rotary_dim)
-
-
 def _sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
     group = get_parallel().tp_group
     return values if group.world_size == 1 else group.all_reduce(values)
@@ -373,7 +376,7 @@ def _audited(
     original: Any, relay: RelayManager, planned: BatchPlan, relayed: Any, runner: Any, batch: Any, *args, **kwargs
 ) -> ModelRunnerOutput:
     """The stock forward of the whole batch, after the relayed one, whose distributions it judges."""
-    rows = torch.tensor([planned.plans[i].row for i in planned.audits], device=batch.out_cache_loc.device)
+    rows = on_device(np.array([planned.plans[i].row for i in planned.audits]), batch.out_cache_loc.device)
     guess = relayed.next_token_logits.index_select(0, rows)
     planned.fell_back = AUDITED
     output = original(runner, batch, *args, **kwargs)
@@ -401,7 +404,10 @@ def relay_forward(
     """
     began = time.perf_counter()
     watch = None if relay.costs is None else relay.costs.start(runner.device)
-    staged = StagedForward(runner, batch, planned, rotary, relay.attention, relay.config.probe_queries, relay.hidden)
+    queries = relay.config.probe_queries
+    staged = StagedForward(
+        *(runner, batch, planned, rotary, relay.attention, relay.ops, queries, relay.graphs, relay.hidden)
+    )
     reason, step = None, "prepare"
     try:
         staged.prepare()

@@ -14,6 +14,7 @@ import torch
 
 from sglang_relay.attention import Sequence
 from sglang_relay.plan import Decline, RelayPlan
+from sglang_relay.transfer import on_device
 
 if TYPE_CHECKING:
     from sglang.srt.model_executor.forward_batch_info import ForwardBatch
@@ -102,7 +103,7 @@ class Layout:
         for plan in self.plans:
             if plan.pending is not None:
                 row = plan.row
-                tokens = torch.from_numpy(plan.pending.tokens).to(self.device, self.input_ids.dtype)
+                tokens = on_device(plan.pending.tokens, self.device).to(self.input_ids.dtype)
                 ids[row] = torch.cat((tokens, ids[row]))
                 locs[row] = torch.cat((self.slots[row][plan.first : plan.prefix].to(self.out_loc.dtype), locs[row]))
         self.input_ids, self.out_loc = torch.cat(ids), torch.cat(locs)
@@ -120,8 +121,8 @@ class Layout:
         return found
 
     def tensor(self, values: np.ndarray) -> torch.Tensor:
-        """int64, on the batch's device."""
-        return torch.from_numpy(np.ascontiguousarray(values, dtype=np.int64)).to(self.device, non_blocking=True)
+        """int64, on the batch's device; without waiting for it."""
+        return on_device(np.asarray(values, dtype=np.int64), self.device)
 
     def approximate(self, number: int | None = None) -> list[Span]:
         """Spans of plan ``number``, or of all, whose KV is not exact."""

@@ -22,6 +22,7 @@ from sglang_relay.engine.audit import BREAKER_OPEN, Auditor
 from sglang_relay.engine.consensus import Consensus, digest_of
 from sglang_relay.engine.costing import Costs
 from sglang_relay.engine.donors import EXACT_PREFIX, Donors, Held, tokens_of
+from sglang_relay.engine.graphs import PrefillGraphs
 from sglang_relay.engine.guards import batch_reason, request_reason
 from sglang_relay.engine.matching import Matcher
 from sglang_relay.engine.namespaces import Namespaces, Tenant
@@ -29,6 +30,7 @@ from sglang_relay.engine.planning import Planner
 from sglang_relay.engine.report import REPORT_KEY, Stats
 from sglang_relay.engine.requests import Controls, RelayRequest, new_report, read_controls, relay_of
 from sglang_relay.index import ContentIndex, DepthMap
+from sglang_relay.ops import Ops
 from sglang_relay.plan import Candidate, Decline, Placed, RelayPlan
 from sglang_relay.policies import Policy, make_policies
 
@@ -73,6 +75,7 @@ class RelayManager:
         tree: RelayCache,
         consensus: Consensus,
         attention: AttentionEngine,
+        ops: Ops | None,
         *,
         num_layers: int,
         pool_slots: int,
@@ -83,13 +86,17 @@ class RelayManager:
         unsupported: list[str],
         budgets: Mapping[str, Budget],
         band_of: Callable[[str], Band],
+        graphs: PrefillGraphs | None,
     ) -> None:
         """``config.policy`` is a policy's name here; budgets: defaults of policies that differ from their own; chunk:
-        most rows of a prefill forward, None without a limit."""
+        most rows of a prefill forward, None without a limit; ops: None where nothing will relay; graphs: replayed where
+        they fit."""
         self.config = config
         self.tree = tree
         self.consensus = consensus
         self.attention = attention
+        self.graphs = graphs
+        self._ops = ops
         self.isolated = isolated
         self.unsupported = unsupported
         self.namespaces = Namespaces(secret)
@@ -126,6 +133,12 @@ class RelayManager:
         self._logged: set[str] = set()
         self.planner = Planner(tree, self.donors, self._policies, pool_slots)
         self._outstanding: BatchPlan | None = None
+
+    @property
+    def ops(self) -> Ops:
+        if self._ops is None:
+            raise RuntimeError("this server does not relay")
+        return self._ops
 
     @property
     def default_tier(self) -> str:

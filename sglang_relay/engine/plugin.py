@@ -51,7 +51,7 @@ def build_tree(ctx: TreeCacheBuildContext) -> Any:
 
     from sglang_relay.attention import TorchAttention
     from sglang_relay.engine import hooks as hooking
-    from sglang_relay.engine.backend import attention_of
+    from sglang_relay.engine.backend import attention_of, ops_of
     from sglang_relay.engine.calibration import calibrate_costs
     from sglang_relay.engine.certified import (
         CONSERVATIVE,
@@ -62,6 +62,7 @@ def build_tree(ctx: TreeCacheBuildContext) -> Any:
         warn_of_other_settings,
     )
     from sglang_relay.engine.consensus import Consensus
+    from sglang_relay.engine.graphs import PrefillGraphs
     from sglang_relay.engine.guards import server_reasons
     from sglang_relay.engine.hidden import hidden_of, hidden_reason
     from sglang_relay.engine.influence import influence_of, influence_reason
@@ -97,6 +98,7 @@ def build_tree(ctx: TreeCacheBuildContext) -> Any:
         tree,
         consensus,
         TorchAttention() if reasons else attention_of(runner, config.attention),
+        None if rotary is None else ops_of(runner, rotary, config.probe_queries),
         num_layers=runner.model_config.num_hidden_layers,
         pool_slots=0 if reasons else runner.token_to_kv_pool.k_buffer[0].shape[0],
         chunk=(chunk := _chunk(get_schedule().chunked_prefill_size)),
@@ -106,6 +108,7 @@ def build_tree(ctx: TreeCacheBuildContext) -> Any:
         unsupported=reasons,
         budgets={} if chosen.policy is None or chosen.budget is None else {chosen.policy: chosen.budget},
         band_of=bands(certificate),
+        graphs=PrefillGraphs(runner) if config.graphs == "auto" else None,
     )
     if missing_influence is not None:
         relay.influence_missing = missing_influence
@@ -200,6 +203,8 @@ def _state(relay: Any, hooks: list[Any], isolated: bool, settings: dict[str, Any
             {"unavailable": relay.influence_missing} if relay.influence is None else relay.influence.as_dict()
         ),
         "hidden": {"unavailable": relay.hidden_missing} if relay.hidden is None else relay.hidden.as_dict(),
+        "graph_passes": None if relay.graphs is None else relay.graphs.passes,
+        "kernels": None if relay.unsupported else relay.ops.names(),
         "weight_epoch": relay.namespaces.epoch,
         "index": relay.index.stats(),
         "settings": settings,

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from sglang_relay.attention import ProbeRows, plan_probe
 from sglang_relay.engine.layout import Layout, Span
+from sglang_relay.ops import ProbeQueries
 
 
 class ProbePass:
@@ -19,7 +19,7 @@ class ProbePass:
     """
 
     def __init__(self, layout: Layout, queries: int) -> None:
-        self.asked: list[tuple[int, ProbeRows]] = []
+        self.asked: list[tuple[int, ProbeQueries]] = []
         self.repeated = [0] * len(layout.plans)
         heads, asking = [np.empty(0, dtype=np.int64)], []
         for number, plan in enumerate(layout.plans):
@@ -38,9 +38,9 @@ class ProbePass:
         self.missing[self.rows] = False
         self.asked = [(number, self._rows(layout, last, spans)) for number, last, spans in asking]
 
-    def _rows(self, layout: Layout, last: np.ndarray, spans: list[Span]) -> ProbeRows:
+    def _rows(self, layout: Layout, last: np.ndarray, spans: list[Span]) -> ProbeQueries:
         request, positions = int(layout.owner[last[0]]), layout.positions[last]
         keys = layout.keys(request, int(positions[-1]) + 1, self.missing)
         slots = layout.slots[request][layout.tensor(keys)]
         wanted = np.concatenate([s.positions for s in spans])
-        return plan_probe(np.searchsorted(self.rows, last), positions, keys, slots, wanted)
+        return ProbeQueries(np.searchsorted(self.rows, last), positions, keys, slots, wanted)

@@ -23,6 +23,7 @@ from sglang.srt.runtime_context import get_model
 
 from sglang_relay.attention import StageAttention
 from sglang_relay.engine.backend import LayerDone, RelayAttentionBackend
+from sglang_relay.engine.graphs import PrefillGraphs
 from sglang_relay.engine.layout import Layout
 
 if TYPE_CHECKING:
@@ -30,16 +31,24 @@ if TYPE_CHECKING:
 
 
 class Stage:
-    """rows: int64 numpy, ascending rows of the layout. attention: planned for these rows."""
+    """rows: int64 numpy, ascending rows of the layout. attention: planned for these rows. graphs: replayed where they
+    fit."""
 
     def __init__(
-        self, model: Any, layout: Layout, backend: RelayAttentionBackend, rows: np.ndarray, attention: StageAttention
+        self,
+        model: Any,
+        layout: Layout,
+        backend: RelayAttentionBackend,
+        rows: np.ndarray,
+        attention: StageAttention,
+        graphs: PrefillGraphs | None = None,
     ) -> None:
         self.rows = rows
         self._model = model
         self._layout = layout
         self._backend = backend
         self._attention = attention
+        self._graphs = graphs
         self._batch = self._make_batch()
 
     def _make_batch(self) -> ForwardBatch:
@@ -120,10 +129,16 @@ class Stage:
         handle, self._batch.residual_stream = ResidualStream.from_handoff(joined, rest, PLAIN_ADD)
         self._batch.hidden_states = handle  # type: ignore[assignment]
 
+    def replays(self, start: int, stop: int) -> bool:
+        """Whether layers ``[start, stop)`` come from captured graphs."""
+        return self._graphs is not None and self._graphs.fit(self._batch, start, stop)
+
     def layers(self, start: int, stop: int) -> Any:
         """Run layers ``[start, stop)``; the logits output when ``stop`` is the number of layers, else None."""
         self._backend.stage = self._attention
         batch = self._batch
+        if self._graphs is not None and self.replays(start, stop):
+            return self._graphs.replay(batch, self._backend)
         with (
             get_model().override(shared_experts=self._model.shared_experts_config),
             forward_context(ForwardContext(attn_backend=self._backend), forward_batch=batch),

@@ -95,5 +95,5 @@ class Policy(ABC):
 def largest(score: torch.Tensor, limit: int) -> torch.Tensor:
     """Bool [n]: the ``limit`` largest of ``score`` [n], ties by position."""
     keep = torch.zeros(score.numel(), dtype=torch.bool, device=score.device)
-    keep[torch.argsort(score, descending=True, stable=True)[:limit]] = True
-    return keep
+    best = torch.argsort(score, descending=True, stable=True)[:limit]
+    return keep.index_fill_(0, best, True)  # ``keep[best] = True`` would copy its value from the host, and wait
