@@ -54,6 +54,11 @@ class RelayConfig:
     ``1,3,last``.
     profile: file of ``sglang-relay profile``, made for the model that is served.
     tau_dev: a token is recomputed when its value deviation is at least ``tau_dev`` times its segment's mean.
+    influence: layers of which decode influence is collected for policy ``relay``: ``FIRST,LAST``, ``auto`` (all, as in
+    the paper), or ``off``.
+    tau_inf: a token is recomputed when its influence is at least ``tau_inf`` times its segment's mean.
+    entry: where a reused segment enters under policy ``relay``: ``embeddings``, or ``hidden``: at the first layer of
+    ``layer_range``, with the hidden states that are then kept per KV slot.
     suffix: the last tokens of every segment are always recomputed.
     budget: how much a policy may recompute (``budget.py``) where the request does not say; None: the policy's own.
     probe_queries: most of a prompt's last fresh tokens that look at the segments under ``probe``.
@@ -80,6 +85,9 @@ class RelayConfig:
     layer_range: LayerRange | None = None
     profile: str | None = None
     tau_dev: float = 1.5
+    influence: str = "off"
+    tau_inf: float = 1.45
+    entry: str = "embeddings"
     suffix: int = 10
     budget: Budget | None = None
     probe_queries: int = 24
@@ -113,6 +121,18 @@ class RelayConfig:
                 f"layer_range={chosen}: the model has {num_layers} layers, the last one allowed is {num_layers - 1}"
             )
         return chosen
+
+    def influence_layers(self, num_layers: int) -> range | None:
+        """The layers whose influence is collected in a model of ``num_layers``, None for none. Raises ConfigError."""
+        if self.influence == "off":
+            return None
+        first, last = (0, num_layers - 1) if self.influence == "auto" else map(int, self.influence.split(","))
+        if last >= num_layers:
+            raise ConfigError(
+                f"influence={self.influence}: the model has {num_layers} layers, "
+                f"the last one allowed is {num_layers - 1}"
+            )
+        return range(first, last + 1)
 
 
 def _one_of(name: str, allowed: tuple[str, ...]) -> Callable[[RelayConfig], None]:
@@ -148,6 +168,20 @@ def _layers(config: RelayConfig) -> None:
         raise ConfigError(f"layer_range={r}: allowed is START,DETECT,END with 0 <= START <= DETECT <= END")
 
 
+def _influence(config: RelayConfig) -> None:
+    if config.influence in ("off", "auto"):
+        return
+    try:
+        first, last = (int(part) for part in config.influence.split(","))
+        good = 0 <= first <= last
+    except ValueError:
+        good = False
+    if not good:
+        raise ConfigError(
+            f"influence={config.influence!r}: allowed are off, auto, or FIRST,LAST with 0 <= FIRST <= LAST"
+        )
+
+
 def _windows(config: RelayConfig) -> None:
     if config.stride > config.window:
         raise ConfigError(f"stride={config.stride}: allowed is a number from 1 to window={config.window}")
@@ -159,10 +193,12 @@ _CHECKS: tuple[Callable[[RelayConfig], None], ...] = (
     _one_of("policy", ("auto", *POLICIES)),
     _bound,
     _one_of("default", ("on", "exact", "off")),
+    _one_of("entry", ("embeddings", "hidden")),
     _one_of("donate", ("output", "all", "none")),
     _one_of("attention", ("auto", "torch", "flashinfer", "triton")),
     _one_of("graphs", ("auto", "off")),
     _between("tau_dev", 0.0, 1e6),
+    _between("tau_inf", 0.0, 1e6),
     _between("suffix", 0, 1 << 20),
     _between("audit_every", 0, 1 << 30),
     _between("probe_queries", 1, 1024),
@@ -175,6 +211,7 @@ _CHECKS: tuple[Callable[[RelayConfig], None], ...] = (
     _between("stride", 1, 1024),
     _between("index_bytes", 1 << 20, 1 << 40),
     _layers,
+    _influence,
     _windows,
 )
 
@@ -205,6 +242,8 @@ _PARSERS: dict[str, tuple[Callable[[str], Any], str]] = {
     "budget": (_parse_budget, f"{BUDGETS}, or none"),
     "route_above": (float, "a number"),
     "tau_dev": (float, "a number"),
+    "influence": (str, "off, auto or FIRST,LAST"),
+    "tau_inf": (float, "a number"),
     "cost_model": (_parse_switch, "true or false"),
     "policy": (str, "a name"),
     "bound": (str, "floor or a number"),
@@ -212,6 +251,7 @@ _PARSERS: dict[str, tuple[Callable[[str], Any], str]] = {
     "profile": (_parse_path, "a path"),
     "default": (str, "a name"),
     "donate": (str, "a name"),
+    "entry": (str, "a name"),
     "attention": (str, "a name"),
     "graphs": (str, "a name"),
 }

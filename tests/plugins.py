@@ -62,6 +62,18 @@ class Inspector:
         """
         return self.ask(server, "rows", tokens=tokens, extra_key=extra_key, salt=salt, namespace=namespace)
 
+    def influence(
+        self, server: Server, tokens: list[int], *, namespace: Mapping[str, Any] | None = None
+    ) -> list[float | None]:
+        """Of each token of ``tokens`` that the tree holds, None for those without (engine/influence.py)."""
+        return self.ask(server, "influence", tokens=tokens, extra_key=None, salt=None, namespace=namespace)
+
+    def hidden(
+        self, server: Server, tokens: list[int], *, namespace: Mapping[str, Any] | None = None
+    ) -> list[list[float] | None]:
+        """The hidden state of each token of ``tokens`` that the tree holds; None where none is (engine/hidden.py)."""
+        return self.ask(server, "hidden", tokens=tokens, extra_key=None, salt=None, namespace=namespace)
+
     def break_(self, server: Server, what: str | None) -> None:
         """Make one step of the relay fail (scheduler_plugin.py, ``FAULTS``), or none."""
         assert self.ask(server, "break", what=what) == what

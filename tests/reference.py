@@ -31,6 +31,8 @@ class Segment(NamedTuple):
     """Prompt positions [start, stop) whose K and V come from `donor` (a number), which held them at `source` onwards.
 
     k, v: [layers, stop - start, kv_heads, head_dim] as the server caches them; keys carry the donor's positions.
+    influence: [stop - start], what the tokens received while they were decoded, if that is known.
+    hidden: [stop - start, width], the donor's hidden states entering the layer where the policy starts.
     """
 
     start: int
@@ -39,6 +41,8 @@ class Segment(NamedTuple):
     source: int
     k: Tensor
     v: Tensor
+    influence: Tensor | None = None
+    hidden: Tensor | None = None
 
 
 class LegoLink(NamedTuple):
@@ -53,15 +57,19 @@ FULL = LegoLink(10**9)
 
 class Relay(NamedTuple):
     """All tokens run through layers 0..det, fresh and selected ones through det+1..end, fresh ones through the rest.
+    With `start` reused tokens first run in this layer, with their donors' hidden states.
 
     Selected are the tokens of a segment whose value deviation at layer `det` is at least `tau_dev` times the segment's
-    mean, and the segment's last `suffix` tokens. (RelayCaching, entered from embeddings.)
+    mean, those whose influence is at least `tau_inf` times its mean, and the segment's last `suffix` tokens.
+    (RelayCaching.)
     """
 
     det: int
     end: int
     tau_dev: float
     suffix: int
+    tau_inf: float = math.inf
+    start: int | None = None
 
 
 class CacheBlend(NamedTuple):
@@ -111,7 +119,7 @@ class Result(NamedTuple):
     """logits: [vocab] at the last position. k, v: [layers, n, kv_heads, head_dim] as cached after the prefill.
 
     selected: bool [n], reused rows chosen for recomputation. measured: [n], what ranks them, deviation or score, NaN
-    elsewhere. mass: [n], a probe's score without the root.
+    elsewhere. mass: [n], a probe's score without the root. hidden: [n, width], what enters the layer `Relay.start`.
     """
 
     logits: Tensor
@@ -120,6 +128,7 @@ class Result(NamedTuple):
     selected: Tensor
     measured: Tensor
     mass: Tensor | None = None
+    hidden: Tensor | None = None
 
 
 class _Prompt(NamedTuple):
@@ -169,18 +178,52 @@ class Reference:
         """
         n = len(tokens)
         prompt = _Prompt(tokens, segments, mutate, *self._place(n, segments, mutate), *_reused(n, segments))
-        passes = self._probe(prompt, policy) if isinstance(policy, Probe) else self._staged(prompt, policy)
+        passes: tuple[Any, ...] = (
+            self._probe(prompt, policy) if isinstance(policy, Probe) else self._staged(prompt, policy)
+        )
         head = "model.embed_tokens" if "lm_head.weight" not in self.weights else "lm_head"
         logits = self._linear(self._norm(passes[0][-1], "model.norm.weight"), head)
         return Result(logits, prompt.k, prompt.v, *passes[1:])
 
-    def _staged(self, prompt: _Prompt, policy: Policy) -> tuple[Tensor, Tensor, Tensor]:
-        """A single pass, whose rows depend on the layer: hidden states at its end, `selected`, `measured`."""
+    @torch.no_grad()
+    def influence(self, tokens: list[int], start: int, layers: Sequence[int]) -> Tensor:
+        """[n - start]: the attention that each token from `start` on gets from those behind it, summed over them, over
+        heads and over `layers`. Prefill as a whole, as decoding sees the same keys."""
+        n, got = len(tokens), torch.zeros(len(tokens), dtype=torch.float64)
+
+        def add(layer: int, weight: Tensor) -> None:
+            if layer in layers:
+                got.add_(weight[:, start:].tril(start - 1).sum((0, 1)))
+
+        prompt = _Prompt(tokens, [], None, *self._place(n, [], None), *_reused(n, []))
+        self._pass(prompt, lambda _: torch.ones_like(prompt.reused), watch=add)
+        return got[start:]
+
+    @torch.no_grad()
+    def hidden(self, tokens: list[int], layer: int) -> Tensor:
+        """[n, width]: what enters `layer` in a prefill as a whole."""
+        kept: list[Tensor] = []
+        n = len(tokens)
+        prompt = _Prompt(tokens, [], None, *self._place(n, [], None), *_reused(n, []))
+        self._pass(
+            prompt,
+            lambda _: torch.ones_like(prompt.reused),
+            enter=lambda at, x: kept.append(x.clone()) if at == layer else None,
+        )
+        return kept[0]
+
+    def _staged(self, prompt: _Prompt, policy: Policy) -> tuple[Tensor, Tensor, Tensor, None, Tensor | None]:
+        """A single pass, whose rows depend on the layer: hidden states at its end, `selected`, `measured`, no mass, and
+        `hidden`."""
         reused, v, late = prompt.reused, prompt.v, prompt.mutate == "stale_stage"
         donor, deviation = v.clone(), torch.full((len(reused),), math.nan, dtype=torch.float64)
         selected = reused & (prompt.index < (policy.first if isinstance(policy, LegoLink) else 0))
 
+        start, kept = policy.start if isinstance(policy, Relay) else None, []
+
         def rows(layer: int) -> Tensor:
+            if start is not None and layer - late < start:
+                return ~reused
             if isinstance(policy, Relay | CacheBlend) and layer == policy.det + 1:
                 change = 1 - torch.cosine_similarity(donor[policy.det, reused], v[policy.det, reused], dim=-1).mean(-1)
                 selected[:] = _deviating(deviation.masked_scatter_(reused, change), prompt.segments, policy)
@@ -188,7 +231,14 @@ class Reference:
                 return torch.ones_like(reused)
             return ~reused if isinstance(policy, Relay) and layer - late > policy.end else ~reused | selected
 
-        return self._pass(prompt, rows)[0], selected, deviation
+        def enter(layer: int, x: Tensor) -> None:
+            if layer == start:
+                for s in prompt.segments:
+                    assert s.hidden is not None
+                    x[s.start : s.stop] = s.hidden
+                kept.append(x.clone())
+
+        return self._pass(prompt, rows, enter=enter)[0], selected, deviation, None, kept[0] if kept else None
 
     def _probe(self, prompt: _Prompt, policy: Probe) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """As `_staged`: a pass for each earlier chunk, one that looks, one that recomputes."""
@@ -223,17 +273,21 @@ class Reference:
         at: Callable[[int], Tensor],
         seen: Tensor | bool = True,
         pieces: Sequence[tuple[Tensor, Tensor]] = (),
+        watch: Callable[[int, Tensor], None] = lambda *_: None,
+        enter: Callable[[int, Tensor], None] = lambda *_: None,
     ) -> tuple[Tensor, Tensor]:
         """Run the rows that `at` names for each layer, from embeddings, and cache their K and V.
 
         They attend to what is `seen` (bool [n]) up to their own position, `pieces` interpolated. Returns hidden states
         and influence, [n]: the attention that a position gets times the norm of the value there, summed over rows,
-        heads and weighted layers.
+        heads and weighted layers. `watch` gets each layer's weights, [heads, rows, n]; `enter` what is about to enter a
+        layer, [n, width], to read or replace.
         """
         n, k, v = len(prompt.tokens), prompt.k, prompt.v
         x = self.weights["model.embed_tokens.weight"][prompt.tokens].double()
         influence, donor = x.new_zeros(n), (k.clone(), v.clone())
         for layer in range(self.layers - (prompt.mutate == "missing_last_layer")):
+            enter(layer, x)
             rows, name = at(layer).nonzero()[:, 0], f"model.layers.{layer}"
             h = self._norm(x[rows], f"{name}.input_layernorm.weight")
             heads = (self._linear(h, f"{name}.self_attn.{i}_proj").unflatten(-1, (-1, self.head_dim)) for i in "qkv")
@@ -246,6 +300,7 @@ class Reference:
             all_k, all_v = (i[layer].repeat_interleave(self.heads // self.kv_heads, 1) for i in (k, v))
             score = torch.einsum("qhd,khd->hqk", q, all_k) / math.sqrt(self.head_dim)
             weight = score.masked_fill(~mask, -math.inf).softmax(-1)
+            watch(layer, weight)
             all_v = all_v.where(mask.any(0)[:, None, None], 0)  # a weight of zero would not silence a NaN
             out = torch.einsum("hqk,khd->qhd", weight, all_v).flatten(1)
             depth = 1 if prompt.mutate == "flat_depth" else (layer + 1) / self.layers
@@ -346,8 +401,11 @@ def _deviating(deviation: Tensor, segments: list[Segment], policy: Relay | Cache
     if isinstance(policy, CacheBlend):
         return _largest(deviation, policy.share)
     selected = torch.zeros_like(deviation, dtype=torch.bool)
-    for span in (slice(s.start, s.stop) for s in segments):
+    for s in segments:
+        span = slice(s.start, s.stop)
         selected[span] = deviation[span] >= policy.tau_dev * deviation[span].mean()
+        if s.influence is not None:
+            selected[span] |= s.influence >= policy.tau_inf * s.influence.mean()
         selected[max(span.start, span.stop - policy.suffix) : span.stop] = True
     return selected
 

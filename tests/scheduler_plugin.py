@@ -45,7 +45,7 @@ def answer(result: Any, controller: Any, *args: Any, **kwargs: Any) -> None:
 # ---------------------------------------------------------------------- questions
 
 
-def rows(scheduler: Any, tokens: list[int], extra_key: str | None, salt: str | None, namespace: Any) -> list[str]:
+def _slots(scheduler: Any, tokens: list[int], extra_key: str | None, salt: str | None, namespace: Any) -> Any:
     from sglang.srt.mem_cache.base_prefix_cache import MatchPrefixParams
     from sglang.srt.mem_cache.radix_cache import RadixKey
 
@@ -57,13 +57,38 @@ def rows(scheduler: Any, tokens: list[int], extra_key: str | None, salt: str | N
         extra_key = tree.relay.namespaces.key(tenant, namespace["tier"])
     key = RadixKey(array("q", tokens), extra_key, cache_salt=salt)
     match = tree.match_prefix(MatchPrefixParams(key=key))
-    slots = tree.path_device_indices(match.last_device_node)[: match.device_prefix_len]
+    return tree.path_device_indices(match.last_device_node)[: match.device_prefix_len]
+
+
+def rows(scheduler: Any, *key: Any, **keys: Any) -> list[str]:
+    slots = _slots(scheduler, *key, **keys)
     pool = scheduler.tp_worker.model_runner.token_to_kv_pool
     digests = [hashlib.blake2b(digest_size=8) for _ in range(len(slots))]
     for buffer in (*pool.k_buffer, *pool.v_buffer):
         for digest, row in zip(digests, buffer[slots].contiguous().numpy(), strict=True):
             digest.update(row.tobytes())
     return [d.hexdigest() for d in digests]
+
+
+def influence(scheduler: Any, *key: Any, **keys: Any) -> list[float | None]:
+    scores = scheduler.tree_cache.relay.influence.of(_slots(scheduler, *key, **keys)).tolist()
+    return [None if score != score else score for score in scores]
+
+
+def hidden(scheduler: Any, *key: Any, **keys: Any) -> list[list[float] | None]:
+    kept, slots = scheduler.tree_cache.relay.hidden, _slots(scheduler, *key, **keys)
+    return [state if held else None for state, held in zip(kept.states[slots].tolist(), kept.held[slots], strict=True)]
+
+
+def forget_hidden(scheduler: Any, tokens: list[int]) -> None:
+    """The last of ``tokens`` has no hidden state."""
+    scheduler.tree_cache.relay.hidden.held[_slots(scheduler, tokens, None, None, None)[-1]] = False
+
+
+def module_hooks(scheduler: Any) -> int:
+    """Forward hooks on the model's modules."""
+    modules = scheduler.tp_worker.model_runner.model.modules()
+    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in modules)
 
 
 def pool(scheduler: Any) -> dict[str, int]:
@@ -211,6 +236,10 @@ def break_(scheduler: Any, what: str | None) -> str | None:
 
 QUESTIONS: dict[str, Any] = {
     "rows": rows,
+    "influence": influence,
+    "hidden": hidden,
+    "forget_hidden": forget_hidden,
+    "module_hooks": module_hooks,
     "pool": pool,
     "hooked": hooked,
     "gather": gather,

@@ -59,6 +59,12 @@ def test_what_was_measured_with_further_parameters_is_no_default() -> None:
     assert choose(RelayConfig(), made(odd, candidate("probe", "0.3", 2e-3, 0.3)))[:2] == ("probe", Budget("share", 0.3))
 
 
+def test_the_paper_s_policy_is_no_default_without_its_influence() -> None:
+    some = made(candidate("relay", None, 1e-3, 0.1), candidate("probe", "0.3", 2e-3, 0.3))
+    assert choose(RelayConfig(), some)[:2] == ("probe", Budget("share", 0.3))
+    assert choose(RelayConfig(), some, influence=True)[:2] == ("relay", None)
+
+
 def test_nothing_within_the_bound_is_no_policy() -> None:
     chosen = choose(RelayConfig(bound="0.001"), made(candidate("rotate", None, 3e-2, 0.0)))
     assert chosen[:2] == (None, None) and "allows no policy within 0.001" in chosen.why

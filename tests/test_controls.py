@@ -84,7 +84,7 @@ def reused(report: dict[str, Any]) -> int:
 
 def check(report: dict[str, Any], prompt: int, cached: int | None = None) -> dict[str, Any]:
     """Every report, whatever happened."""
-    assert report.keys() == KEYS
+    assert report.keys() == KEYS | ({"influence", "entry"} if report["policy"] == "relay" else set())
     counts = [report[kind] for kind in ("exact", "relayed", "recomputed", "fresh")]
     assert min(counts) >= 0 and sum(counts) == prompt, report
     assert (report["segments"] > 0) == (reused(report) > 0)
@@ -214,6 +214,9 @@ BAD = [
     ({"relay_policy": "relay", "relay_budget": "coverage:0.5"}, "relay takes share or tokens"),
     ({"relay_budget": True}, "relay_budget=True"),
     ({"relay_donate": "some"}, "relay_donate='some'"),
+    ({"relay_generated_from": -1}, "relay_generated_from=-1"),
+    ({"relay_generated_from": True}, "relay_generated_from=True"),
+    ({"relay_generated_from": "5"}, "relay_generated_from="),
     ({"relay_scope": ""}, "relay_scope"),
     ({"relay_scope": 7}, "relay_scope"),
     ({"relay_scope": "x" * 257}, "relay_scope"),

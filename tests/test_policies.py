@@ -1,5 +1,8 @@
 """Policies: what they select, and what they say it costs."""
 
+from dataclasses import replace
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given
@@ -13,8 +16,8 @@ LAYERS = 12
 RANGE = LayerRange(1, 3, 8)
 
 
-def policy(name: str = "relay", layers: LayerRange = RANGE, tau_dev: float = 1.5, suffix: int = 0) -> Policy:
-    config = RelayConfig(layer_range=layers, tau_dev=tau_dev, suffix=suffix)
+def policy(name: str = "relay", layers: LayerRange = RANGE, **settings: Any) -> Policy:
+    config = RelayConfig(layer_range=layers, **{"suffix": 0, **settings})
     return make_policies(config, LAYERS)[name]
 
 
@@ -115,6 +118,45 @@ def test_budget_keeps_the_suffix_first_then_the_largest() -> None:
     assert chosen(p.select(view(deviation), share(0.2))) == [8, 9]
     assert chosen(p.select(view(deviation), share(0.1))) == [9]
     assert chosen(p.select(view(deviation), Budget("tokens", 3))) == [0, 8, 9]
+
+
+NONE = float("nan")
+
+
+def with_influence(v: PromptView, influence: list[float]) -> PromptView:
+    return replace(v, influence=torch.tensor(influence))
+
+
+def test_high_influence_selects_beside_high_deviation() -> None:
+    p = policy(tau_dev=1.5, tau_inf=1.45)
+    v = view([0.9, 0.1, 0.1, 0.1, 0.1])
+    assert chosen(p.select(v, None)) == [0]
+    # Mean 2: the threshold is 2.9.
+    assert chosen(p.select(with_influence(v, [1.0, 2.9, 2.8, 3.3, 0.0]), None)) == [0, 1, 3]
+    assert chosen(policy("cacheblend").select(with_influence(v, [1.0, 2.9, 2.8, 3.3, 0.0]), share(0.2))) == [0]
+
+
+def test_tokens_without_influence_are_no_part_of_its_mean() -> None:
+    p = policy(tau_dev=100, tau_inf=1.45)
+    assert chosen(p.select(with_influence(view([0.1] * 4), [NONE, 1.0, 3.0, NONE]), None)) == [2]
+    assert chosen(p.select(with_influence(view([0.1] * 3), [NONE] * 3), None)) == []
+    assert chosen(p.select(with_influence(view([0.1] * 3), [0.0] * 3), None)) == []
+    assert chosen(p.select(with_influence(view([0.1] * 3), [NONE] * 3), share(0.4))) == []
+
+
+def test_influence_has_a_threshold_per_segment() -> None:
+    p = policy(tau_dev=100, tau_inf=1.45)
+    v = view([0.1] * 3, [0.1] * 3)
+    assert chosen(p.select(with_influence(v, [1.0, 1.0, 4.0, 70.0, 10.0, 10.0]), None)) == [2, 3]
+
+
+def test_budget_keeps_what_exceeds_either_threshold_by_the_largest_factor() -> None:
+    p = policy(tau_dev=1.0, tau_inf=1.0, suffix=1)
+    # Means .25 and 1: factors 2.4, .4, .4, 2, .4, .4 and .5, .5, 3, 1.1, .5, .4.
+    v = with_influence(view([0.6, 0.1, 0.1, 0.5, 0.1, 0.1]), [0.5, 0.5, 3.0, 1.1, 0.5, 0.4])
+    assert chosen(p.select(v, None)) == [0, 2, 3, 5]
+    assert chosen(p.select(v, Budget("tokens", 3))) == [0, 2, 5]
+    assert chosen(p.select(v, Budget("tokens", 2))) == [2, 5]
 
 
 def test_budget_adds_nothing_below_the_threshold() -> None:

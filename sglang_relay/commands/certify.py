@@ -60,7 +60,7 @@ def _run(args: argparse.Namespace) -> int:
         return 1
     if found.floor.n < FEW:
         say(f"{found.floor.n} prompts are few: below {FEW} the intervals are narrower than what is known")
-    chosen = choose(config, found)
+    chosen = choose(config, found, influence=config.influence != "off")
     print(found.table())
     print(f"{chosen.tier or 'no policy'}: {chosen.why}")
     print(file)

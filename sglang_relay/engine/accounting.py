@@ -28,6 +28,8 @@ def begin_chunk(req: Req, state: RelayRequest, depths: DepthMap) -> None:
         state.report[key] = 0
     state.report["exact"] = min(req.prefix_len, len(req.origin_input_ids))
     state.report["cost"] = 0.0
+    if state.report.get("influence") == "used":
+        state.report["influence"] = "none"
     state.fresh.clear()
     state.pending, state.reused, state.layers = None, 0, 0
     state.placed.clear()

@@ -100,16 +100,19 @@ def warn_of_other_settings(certificate: Certificate | None, settings: dict[str, 
         logger.warning("relay: the certificate of %s is of other settings: %s", certificate.made, "; ".join(other))
 
 
-def choose(config: RelayConfig, certificate: Certificate | None) -> Choice:
+def choose(config: RelayConfig, certificate: Certificate | None, *, influence: bool = False) -> Choice:
     """The operator's policy, else the cheapest that is certified within ``config.bound``, else the conservative one.
 
-    A budget that the operator sets leaves only the candidates that were measured with it, or take none."""
+    A budget that the operator sets leaves only the candidates that were measured with it, or take none. influence:
+    whether decode influence is collected; where it is not, the paper's policy is no default."""
     if config.policy != "auto":
         return Choice(config.policy, None, "set by the operator")
     if certificate is None:
         return Choice(*CONSERVATIVE, "NO CERTIFICATE for this model: conservative default")
     wanted = None if config.budget is None else str(config.budget)
     plain = tuple(c for c in certificate.candidates if not c.params and (wanted is None or c.budget in (None, wanted)))
+    if not influence:
+        plain = tuple(c for c in plain if c.policy != "relay")
     best = msgspec.structs.replace(certificate, candidates=plain).cheapest(parse_bound(config.bound))
     if best is None:
         return Choice(None, None, f"the certificate of {certificate.made} allows no policy within {config.bound}")

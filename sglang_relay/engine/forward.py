@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -19,6 +20,7 @@ from sglang.srt.runtime_context import get_parallel
 from sglang_relay.attention import AttentionEngine, Interpolation, parts_of
 from sglang_relay.engine.audit import AUDITED, divergence
 from sglang_relay.engine.backend import AttentionProbe, DeviationProbe, RelayAttentionBackend
+from sglang_relay.engine.consensus import digest_of
 from sglang_relay.engine.graphs import PrefillGraphs
 from sglang_relay.engine.layout import Layout, Span
 from sglang_relay.engine.probing import ProbePass
@@ -31,16 +33,21 @@ from sglang_relay.transfer import on_device, read_back
 if TYPE_CHECKING:
     from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 
+    from sglang_relay.engine.hidden import HiddenStates
+    from sglang_relay.engine.influence import Influence
     from sglang_relay.engine.manager import BatchPlan, RelayManager
     from sglang_relay.rotary import DeltaRotary
 
 
 class Work(NamedTuple):
     """What one plan's repair took. selected: reused tokens that the policy chose; layers: token-layers that ran on
-    account of the repair, probe pass and rows of earlier chunks included."""
+    account of the repair, probe pass and rows of earlier chunks included; influence: reused tokens that have one;
+    entered: whether reused tokens entered with stored hidden states."""
 
     selected: int
     layers: int
+    influence: int
+    entered: bool
 
 
 class StagedForward:
@@ -57,6 +64,7 @@ class StagedForward:
         ops: Ops,
         probe_queries: int,
         graphs: PrefillGraphs | None = None,
+        hidden: HiddenStates | None = None,
     ) -> None:
         self.runner = runner
         self.attention = attention
@@ -67,9 +75,14 @@ class StagedForward:
         self.rotary = rotary
         self.probe_queries = probe_queries
         self.graphs = graphs
+        self.hidden = hidden
+        self.states: torch.Tensor | None = None
+        self.head: Stage | None = None
+        """The fresh tokens, up to the layer that reused ones enter."""
         self.layers: int = runner.model_config.num_hidden_layers
         self.selected = [0] * len(self.plans)
         self.work = [0] * len(self.plans)
+        self.influence: list[torch.Tensor | None] = [None] * len(self.plans)
 
     # ------------------------------------------------------------------ prepare
 
@@ -102,12 +115,28 @@ class StagedForward:
     def _first_rows(self) -> np.ndarray:
         if self.policy.whole:
             exact = self.layout.rows_of([s for s in self.layout.spans if s.exact])
+            self._enter()
             for span in self.layout.approximate():
-                self.work[span.plan] += span.length * self.policy.whole
+                self.work[span.plan] += span.length * (self.policy.whole - self.entered)
             return np.setdiff1d(np.arange(len(self.layout.positions)), exact)
         if self.policy.signal == "none":
             return self._with_selected(self.fresh, [None] * len(self.plans))
         return self.fresh
+
+    def _enter(self) -> None:
+        """Reused tokens enter with their donors' hidden states, where all of them have one."""
+        spans = self.layout.approximate()
+        slots = [s.slots for s in spans if s.slots is not None]
+        if self.hidden is None or not self.policy.enters or not slots:
+            return
+        self.states = self.hidden.of(torch.cat(slots).to(self.layout.device))
+        if self.states is not None:
+            self.head = self._stage(self.fresh)
+
+    @property
+    def entered(self) -> int:
+        """The layer that reused tokens enter."""
+        return 0 if self.head is None else self.policy.enters
 
     def _prepare_deviation(self) -> None:
         spans = self.layout.approximate()
@@ -165,23 +194,43 @@ class StagedForward:
         else:
             output = self._finish(relay, self.first, 0)
         self._agree(relay, None, 0)
-        return output, [Work(*pair) for pair in zip(self.selected, self.work, strict=True)]
+        known = [0 if i is None else int((~i.isnan()).sum()) for i in self.influence]
+        return output, [
+            Work(*counts, self.head is not None) for counts in zip(self.selected, self.work, known, strict=True)
+        ]
 
     def _run_deviating(self, relay: RelayManager) -> Any:
         whole, until = self.policy.whole, self.policy.until
+        self._run_head(relay)
         if whole == self.layers:
-            return self._finish(relay, self.first, 0)
-        self.first.layers(0, whole)
+            return self._finish(relay, self.first, self.entered)
+        self.first.layers(self.entered, whole)
         if until == whole:  # selected or not, no reused token goes on
             (stage,) = self._next(relay, self.first, lambda: [self.fresh])
             return self._finish(relay, stage, whole)
         signals = self._deviations()
+        if relay.influence is not None and self.policy.reads_influence:
+            self.influence = self._influence(relay.influence)
         (stage,) = self._next(relay, self.first, lambda: [self._with_selected(self.fresh, signals)])
         if until < self.layers:
             stage.layers(whole, until)
             (stage,) = self._next(relay, stage, lambda: [self.fresh])
             return self._finish(relay, stage, until)
         return self._finish(relay, stage, whole)
+
+    def _run_head(self, relay: RelayManager) -> None:
+        """Bring the fresh tokens to the layer that the reused ones enter, and join them."""
+        if self.head is None or self.states is None:
+            return
+        failure = None
+        self.head.layers(0, self.entered)
+        state = self.head.export()
+        try:
+            self.first.join(self.fresh, state, self.layout.rows_of(self.layout.approximate()), self.states)
+        except Exception as error:
+            failure = relay.failure("hand_over", error)
+        self.states = None
+        self._agree(relay, failure, self.entered)
 
     def _run_probed(self, relay: RelayManager) -> Any:
         if len(self.first.rows):
@@ -250,6 +299,16 @@ class StagedForward:
         counts = [sum(s.length for s in self.layout.approximate(i)) for i in range(len(self.plans))]
         return list(deviation.split(counts))
 
+    def _influence(self, collected: Influence) -> list[torch.Tensor | None]:
+        """Per plan, float32 [n]: what the donors' tokens received while they were decoded, over the heads of all ranks;
+        NaN for those without. A collective."""
+        spans = [self.layout.approximate(i) for i in range(len(self.plans))]
+        slots = [s.slots for of_plan in spans for s in of_plan if s.slots is not None]
+        if not slots:
+            return [None] * len(self.plans)
+        scores = _sum_over_ranks(collected.of(torch.cat(slots).to(self.layout.device)))
+        return list(scores.split([sum(s.length for s in of_plan) for of_plan in spans]))
+
     def _attention_scores(self) -> list[torch.Tensor | None]:
         """Per plan, float32 [n]: the probe's scores over the heads of all ranks; None for plans that do not end here.
 
@@ -276,7 +335,7 @@ class StagedForward:
             spans = layout.approximate(number)
             if not spans or (signal is None and policy.signal != "none"):
                 continue
-            view = self._view(spans, signal)
+            view = replace(self._view(spans, signal), influence=self.influence[number])
             asked.append((number, view, layout.rows_of(spans), policy.select(view, plan.budget)))
         for (number, view, reused, _), keep in zip(asked, read_back([keep for *_, keep in asked]), strict=True):
             chosen = reused[keep]
@@ -346,7 +405,9 @@ def relay_forward(
     began = time.perf_counter()
     watch = None if relay.costs is None else relay.costs.start(runner.device)
     queries = relay.config.probe_queries
-    staged = StagedForward(runner, batch, planned, rotary, relay.attention, relay.ops, queries, relay.graphs)
+    staged = StagedForward(
+        *(runner, batch, planned, rotary, relay.attention, relay.ops, queries, relay.graphs, relay.hidden)
+    )
     reason, step = None, "prepare"
     try:
         staged.prepare()
@@ -358,7 +419,7 @@ def relay_forward(
     except Exception as error:
         reason = relay.failure(step, error)
     placed = time.perf_counter()
-    if relay.consensus.agree(reason is None, len(planned.plans)):
+    if relay.consensus.agree(reason is None, digest_of(len(planned.plans), staged.entered)):
         try:
             with torch.no_grad():
                 logits, work = staged.run(relay)

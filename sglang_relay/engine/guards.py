@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from sglang.srt.layers.radix_attention import AttentionType, RadixAttention
 from sglang.srt.layers.rotary_embedding.base import RotaryEmbedding
 from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
+from sglang.srt.model_executor.runner.eager_runner import EagerRunner
 from torch import nn
 
 if TYPE_CHECKING:
@@ -77,6 +78,15 @@ def _model(runner: Any) -> list[str]:
     if find_rotary(model) is None:
         reasons.append("rotary_embedding")
     return reasons
+
+
+def beside_slots_reason(runner: Any, args: Any) -> str | None:
+    """Why nothing can be collected by hooks on the model's modules and kept by KV slot, or None. args: ServerArgs."""
+    graphs = (runner.decode_cuda_graph_runner, runner.prefill_cuda_graph_runner)
+    if any(r is not None and not isinstance(r, EagerRunner) for r in graphs):
+        return "captured_graphs"  # a step that is replayed calls no hook
+    # What is loaded from the host's memory is written without a forward.
+    return "hierarchical_cache" if args.enable_hierarchical_cache else None
 
 
 def _unusual(layer: RadixAttention) -> bool:

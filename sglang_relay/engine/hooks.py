@@ -43,6 +43,7 @@ class SchedulerHooks:
         self.rotary = rotary
         self.state = state
         self._running: BatchPlan | None = None
+        self._reqs: list[Any] = []
         self._adders: dict[type, type] = {}
 
     def table(self) -> list[Hook]:
@@ -92,6 +93,8 @@ class SchedulerHooks:
 
     def prepare(self, original: Callable[..., None], batch: Any, *args: Any, **kwargs: Any) -> None:
         batch.relay_plan = planned = self.relay.plan(batch)
+        if self.relay.influence is not None:
+            self.relay.influence.admit(batch.reqs)
         try:
             original(batch, *args, **kwargs)
         except BaseException:
@@ -101,6 +104,7 @@ class SchedulerHooks:
 
     def run_batch(self, original: Callable[..., Any], scheduler: Any, batch: Any, *args: Any, **kwargs: Any) -> Any:
         planned = batch.__dict__.pop("relay_plan", None)
+        self._reqs = batch.reqs
         if planned is None:
             return original(scheduler, batch, *args, **kwargs)
         self._running = planned
@@ -111,10 +115,20 @@ class SchedulerHooks:
             self.relay.finish(planned)
 
     def forward(self, original: Callable[..., Any], runner: Any, batch: Any, *args: Any, **kwargs: Any) -> Any:
-        planned = self._running
         if runner.is_draft_worker or self.rotary is None:
             return original(runner, batch, *args, **kwargs)
-        if planned is None:
+        if (hidden := self.relay.hidden) is not None:
+            hidden.begin(batch)
+        if (influence := self.relay.influence) is None:
+            return self._forward(original, runner, batch, *args, **kwargs)
+        influence.begin(self._reqs, batch, relayed=self._running is not None)
+        output = self._forward(original, runner, batch, *args, **kwargs)
+        influence.end()
+        return output
+
+    def _forward(self, original: Callable[..., Any], runner: Any, batch: Any, *args: Any, **kwargs: Any) -> Any:
+        planned = self._running
+        if planned is None or self.rotary is None:
             costs = self.relay.costs
             run = original if costs is None else functools.partial(costs.time_stock, original)
             return run(runner, batch, *args, **kwargs)

@@ -40,6 +40,8 @@ if TYPE_CHECKING:
     from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
 
     from sglang_relay.engine.forward import Work
+    from sglang_relay.engine.hidden import HiddenStates
+    from sglang_relay.engine.influence import Influence
     from sglang_relay.engine.tree import RelayCache
 
 logger = logging.getLogger(__name__)
@@ -112,6 +114,11 @@ class RelayManager:
         """Changes of the index so far: pieces chosen at an older count may have become better."""
         self._restarts = 0
         self.donors = Donors(tree, self.index)
+        self.influence: Influence | None = None
+        self.influence_missing = "off"
+        """Why there is none."""
+        self.hidden: HiddenStates | None = None
+        self.hidden_missing = "off"
         self.costs: Costs | None = None
         if config.cost_model and not unsupported:
             queries = config.probe_queries
@@ -141,6 +148,12 @@ class RelayManager:
     def policy_of(self, state: RelayRequest) -> Policy:
         return self._policies[state.controls.policy]
 
+    def keep_hidden(self, hidden: HiddenStates) -> None:
+        """Segments enter at its layer from now on."""
+        self.hidden = hidden
+        for policy in self._policies.values():
+            policy.enters = hidden.layer if policy.start == hidden.layer else 0
+
     # ------------------------------------------------------------------ requests
 
     def adopt(self, req: Req, *, has_multimodal: bool) -> None:
@@ -155,6 +168,10 @@ class RelayManager:
             declined = decline.reason
             controls = self._controls({"relay": "off"})
         report = new_report(None if declined else controls.policy, declined)
+        if declined is None and self._policies[controls.policy].reads_influence:
+            report["influence"] = f"unavailable:{self.influence_missing}" if self.influence is None else "none"
+        if declined is None and self._policies[controls.policy].start is not None:
+            report["entry"] = f"embeddings:{self.hidden_missing}" if self.hidden is None else "embeddings"
         state = RelayRequest(controls, tenant, self.namespaces.epoch, report, declined)
         req.relay = state  # type: ignore[attr-defined]
         req.customized_info = {**(req.customized_info or {}), REPORT_KEY: [report]}
@@ -377,6 +394,10 @@ class RelayManager:
                 report["recomputed"] += inside
                 state.reused += reused
                 state.layers += done.layers
+                if self.hidden is not None and planned.policy.enters:
+                    report["entry"] = "hidden" if done.entered else "embeddings:not_held"
+                if done.influence:
+                    report["influence"] = "used"
                 report["cost"] = round(state.layers / max(1, state.reused * self._num_layers), 4)
             self.stats.repaired(done.selected + (reused if planned.policy.exact else 0))
 

@@ -64,6 +64,8 @@ def build_tree(ctx: TreeCacheBuildContext) -> Any:
     from sglang_relay.engine.consensus import Consensus
     from sglang_relay.engine.graphs import PrefillGraphs
     from sglang_relay.engine.guards import server_reasons
+    from sglang_relay.engine.hidden import hidden_of, hidden_reason
+    from sglang_relay.engine.influence import influence_of, influence_reason
     from sglang_relay.engine.manager import RelayManager
     from sglang_relay.engine.namespaces import new_secret
     from sglang_relay.engine.report import Metrics
@@ -86,7 +88,8 @@ def build_tree(ctx: TreeCacheBuildContext) -> Any:
     config: Any = consensus.broadcast(with_profile(config, args) if consensus.leads else None)
     settings = settings_of(config, config.resolve_layer_range(runner.model_config.num_hidden_layers), args)
     certificate: Any = consensus.broadcast(find_certificate(config, args) if consensus.leads else None)
-    chosen = choose(config, certificate)
+    missing_influence = influence_reason(runner, config, ctx.server_args)
+    chosen = choose(config, certificate, influence=missing_influence is None)
     config = replace(config, policy=chosen.policy or CONSERVATIVE[0])
     if chosen.policy is None and config.default == "on":
         config = replace(config, default="exact")
@@ -107,6 +110,15 @@ def build_tree(ctx: TreeCacheBuildContext) -> Any:
         band_of=bands(certificate),
         graphs=PrefillGraphs(runner) if config.graphs == "auto" else None,
     )
+    if missing_influence is not None:
+        relay.influence_missing = missing_influence
+    elif not reasons:
+        relay.influence = influence_of(runner, config, relay.failure)
+    first = relay.layers.start
+    if (missing_hidden := hidden_reason(runner, config, first, ctx.server_args)) is not None:
+        relay.hidden_missing = missing_hidden
+    elif not reasons:
+        relay.keep_hidden(hidden_of(runner, first, relay.failure))
     if relay.costs is not None and rotary is not None:
         calibrate_costs(relay, relay.costs, runner, rotary, chunk)
     hooks = hooking.SchedulerHooks(relay, rotary, lambda: _state(relay, table, isolated, settings))
@@ -187,6 +199,10 @@ def _state(relay: Any, hooks: list[Any], isolated: bool, settings: dict[str, Any
         "config": {name: _plain(getattr(relay.config, name)) for name in type(relay.config).__dataclass_fields__},
         "layer_range": str(relay.layers),
         "attention": relay.attention.name,
+        "influence": (
+            {"unavailable": relay.influence_missing} if relay.influence is None else relay.influence.as_dict()
+        ),
+        "hidden": {"unavailable": relay.hidden_missing} if relay.hidden is None else relay.hidden.as_dict(),
         "graph_passes": None if relay.graphs is None else relay.graphs.passes,
         "kernels": None if relay.unsupported else relay.ops.names(),
         "weight_epoch": relay.namespaces.epoch,

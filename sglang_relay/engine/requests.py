@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sglang_relay.breaker import Verdict
 from sglang_relay.budget import Budget, parse_budget
@@ -14,21 +14,29 @@ from sglang_relay.engine.namespaces import Tenant
 from sglang_relay.plan import Candidate, Decline, Placed
 from sglang_relay.policies import Policy
 
+if TYPE_CHECKING:
+    from sglang_relay.engine.influence import Collected
+
 _MODES = ("on", "off", "exact")
 _DONATE = ("output", "all", "none")
-_KEYS = ("relay", "relay_policy", "relay_budget", "relay_donate", "relay_scope", "relay_capture")
+_KEYS = (
+    *("relay", "relay_policy", "relay_budget", "relay_donate", "relay_scope", "relay_capture"),
+    "relay_generated_from",
+)
 
 
 @dataclass(frozen=True, slots=True)
 class Controls:
     """Validated wishes of one request. mode: on, off or exact; donate: output, all or none; budget: what the policy
-    may recompute, None for policies that take none and for thresholds without a cap."""
+    may recompute, None for policies that take none and for thresholds without a cap; generated_from: prompt tokens from
+    this one on are a transcript, whose influence is collected as if they were decoded (engine/influence.py)."""
 
     mode: str
     policy: str
     budget: Budget | None
     donate: str
     scope: str | None
+    generated_from: int | None = None
 
     @property
     def tier(self) -> str:
@@ -54,6 +62,7 @@ def read_controls(params: Mapping[str, Any] | None, config: RelayConfig, policie
         budget=_budget(given.get("relay_budget"), policies[name], config),
         donate="none" if mode == "off" else donate,
         scope=scope,
+        generated_from=_count(given, "relay_generated_from"),
     )
 
 
@@ -69,6 +78,13 @@ def _budget(asked: Any, policy: Policy, config: RelayConfig) -> Budget | None:
         allowed = " or ".join(policy.budgets) or "no budget"
         raise Decline("bad_custom_params", f"relay_budget={asked!r}: {policy.name} takes {allowed}")
     return budget
+
+
+def _count(given: Mapping[str, Any], key: str) -> int | None:
+    value = given.get(key)
+    if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 0):
+        raise Decline("bad_custom_params", f"{key}={value!r}: allowed is a whole number from 0")
+    return value
 
 
 def _choice(given: Mapping[str, Any], key: str, default: str, allowed: tuple[str, ...]) -> str:
@@ -113,6 +129,8 @@ class RelayRequest:
     reused: int = 0
     layers: int = 0
     """Reused approximate tokens of this attempt, and token-layers that ran on account of their repair."""
+    influence: Collected | None = None
+    """What its decoding has collected (engine/influence.py)."""
     fresh: list[tuple[int, int]] = field(default_factory=list)
     """Prompt ranges computed (not copied) by this request, for donation under ``relay_donate: all``."""
 
@@ -129,7 +147,9 @@ def relay_of(req: Any) -> RelayRequest | None:
 def new_report(policy: str | None, declined: str | None) -> dict[str, Any]:
     """``meta_info["relay"]``. exact: prefix hits and exact copies; relayed: donor KV used as it is; recomputed: reused
     tokens that the policy computed again; fresh: the rest. The four add up to the prompt. cost: token-layers that the
-    repair ran, its probe included, as a share of the reused tokens' token-layers."""
+    repair ran, its probe included, as a share of the reused tokens' token-layers. Under policy ``relay`` also
+    influence: ``used``, ``none`` (no reused token has one), or ``unavailable:`` and why; and entry: ``hidden`` or
+    ``embeddings``, where the reused tokens entered, and why."""
     return {
         "exact": 0,
         "relayed": 0,

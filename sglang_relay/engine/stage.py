@@ -109,6 +109,26 @@ class Stage:
         handle, self._batch.residual_stream = ResidualStream.from_handoff(hidden, residual, PLAIN_ADD)
         self._batch.hidden_states = handle  # type: ignore[assignment]
 
+    def join(
+        self,
+        rows: np.ndarray,
+        state: tuple[torch.Tensor, torch.Tensor | None],
+        others: np.ndarray,
+        entering: torch.Tensor,
+    ) -> None:
+        """Go on from what a stage of ``rows``, a part of these rows, exported; ``others``, the rest of them in any
+        order, enter with hidden states ``entering`` [others, hidden size], which contain their residual."""
+        old, new = (self._layout.tensor(np.searchsorted(self.rows, part)) for part in (rows, others))
+        hidden, residual = state
+        joined = hidden.new_empty(len(self.rows), hidden.shape[1])
+        joined[old], joined[new] = hidden, entering.to(hidden.dtype)
+        rest = None
+        if residual is not None:
+            rest = residual.new_zeros(joined.shape)
+            rest[old] = residual
+        handle, self._batch.residual_stream = ResidualStream.from_handoff(joined, rest, PLAIN_ADD)
+        self._batch.hidden_states = handle  # type: ignore[assignment]
+
     def replays(self, start: int, stop: int) -> bool:
         """Whether layers ``[start, stop)`` come from captured graphs."""
         return self._graphs is not None and self._graphs.fit(self._batch, start, stop)

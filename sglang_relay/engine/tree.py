@@ -37,7 +37,13 @@ class RelayCache(UnifiedRadixCache):
         if state is not None and state.pending is not None:
             # The insert continues what the request has locked, which ends at or before the first placed span.
             up_to = max(min(up_to, state.pending), req.kv.cache_protected_len)
-        super().checkpoint_into_tree(req, up_to=up_to, **kwargs)
+        influence = None if self.relay is None else self.relay.influence
+        if influence is None:
+            super().checkpoint_into_tree(req, up_to=up_to, **kwargs)
+        else:
+            influence.checkpoint(
+                req, up_to, lambda: super(RelayCache, self).checkpoint_into_tree(req, up_to=up_to, **kwargs)
+            )
         if self.relay is not None and req.finished():
             self.relay.learn(req, up_to)
 

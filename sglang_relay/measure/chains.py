@@ -82,12 +82,12 @@ class Chain:
         from ``rotate`` on the donors that were decoded (6 development chains, 32 positions), as far as full prefill in
         two chunks is from full prefill in one; from full prefill it is 6.3e-2 (decoded) and 6.2e-2 (replayed) away.
         """
-        for donated, prompts in (
-            ("none", [p.prompt for p in self.producers]),
-            ("all", [p.prompt + p.output for p in self.producers]),
-        ):
-            params = {"relay": "exact", "relay_donate": donated}
-            server.generate(prompts, fields={"cache_salt": salt}, max_new_tokens=1, custom_params=params)
+        exact, tenant = {"relay": "exact"}, {"cache_salt": salt}
+        first = [p.prompt for p in self.producers]
+        server.generate(first, fields=tenant, max_new_tokens=1, custom_params={**exact, "relay_donate": "none"})
+        for p in self.producers:
+            params = {**exact, "relay_donate": "all", "relay_generated_from": len(p.prompt)}
+            server.generate(p.prompt + p.output, fields=tenant, max_new_tokens=1, custom_params=params)
 
 
 class Template:

@@ -17,6 +17,6 @@ _SIMPLE = (Probe, ProbeOnly, CacheBlend, LegoLink, Rotate, Full)
 def make_policies(config: RelayConfig, num_layers: int) -> dict[str, Policy]:
     """Every policy, by name (``config.POLICIES``), for a model of ``num_layers`` layers."""
     layers = config.resolve_layer_range(num_layers)
-    made: list[Policy] = [DeviationPolicy(num_layers, layers, config.tau_dev, config.suffix)]
+    made: list[Policy] = [DeviationPolicy(num_layers, layers, config.tau_dev, config.tau_inf, config.suffix)]
     made += [policy(num_layers) for policy in _SIMPLE]
     return {policy.name: policy for policy in made}

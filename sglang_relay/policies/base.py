@@ -23,12 +23,15 @@ class PromptView:
     beyond the n tokens.
     signal: float32 [n], reduced over tensor-parallel ranks. ``deviation``: value deviation in [0, 2]. ``probe``:
     attention mass of the probe queries times the norm of the value, not negative. None for policies without a signal.
+    influence: float32 [n], attention that the token received while its donor decoded (engine/influence.py), summed over
+    ranks; NaN for tokens without. None where it is not collected.
     """
 
     offsets: tuple[int, ...]
     index: torch.Tensor
     left: torch.Tensor
     signal: torch.Tensor | None
+    influence: torch.Tensor | None = None
 
     @property
     def segments(self) -> int:
@@ -43,12 +46,12 @@ class PromptView:
 class Policy(ABC):
     """Which reused tokens are recomputed.
 
-    Layers ``[0, whole)`` run over every reused token, layers ``[whole, until)`` over the selected ones, the rest over
-    fresh tokens only; ``0 <= whole <= until <= num_layers``. ``signal`` is what is measured before the selection:
-    ``deviation`` at layer ``whole - 1``, or ``probe``, a pass of the prompt's last fresh tokens through all layers over
-    the donors' KV, behind which the selected tokens start from their embeddings. With ``none`` the selection is known
-    beforehand, and ``whole`` is 0 or the number of layers. The work of a token that is not selected ends with layer
-    ``whole - 1``.
+    Layers ``[enters, whole)`` run over every reused token, layers ``[whole, until)`` over the selected ones, the rest
+    over fresh tokens only; ``0 <= enters <= whole <= until <= num_layers``. ``signal`` is what is measured before the
+    selection: ``deviation`` at layer ``whole - 1``, or ``probe``, a pass of the prompt's last fresh tokens through all
+    layers over the donors' KV, behind which the selected tokens start from their embeddings. With ``none`` the
+    selection is known beforehand, and ``whole`` is 0 or the number of layers. The work of a token that is not selected
+    ends with layer ``whole - 1``.
     """
 
     name: ClassVar[str]
@@ -57,8 +60,14 @@ class Policy(ABC):
     """Kinds of budget the policy takes."""
     interpolates: ClassVar[bool] = False
     """Whether what changes on the selected tokens is carried over to the others (attention/interpolation.py)."""
+    reads_influence: ClassVar[bool] = False
+    """Whether it selects by decode influence, too, where that is collected."""
     default_budget: Budget | None = None
     """What a request gets that names none; a server's certificate may say otherwise."""
+    start: int | None = None
+    """The layer that reused tokens can enter with stored hidden states."""
+    enters: int = 0
+    """The layer that they enter: 0, with their embeddings, or ``start`` on a server that keeps hidden states."""
     whole: int
     until: int
 
