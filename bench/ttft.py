@@ -122,7 +122,9 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     }
     with ExitStack() as stack:
         stock = stack.enter_context(Server(model, *shared))
-        relay = stack.enter_context(Server(model, *shared, "--radix-cache-backend", "relay", env=relay_env))
+        relay = stack.enter_context(
+            Server(model, *shared, "--radix-cache-backend", "relay", *args.server_args.split(), env=relay_env)
+        )
         print(f"decoding the donor's {args.reused} tokens", file=sys.stderr)
         donated = {"relay_donate": "output"}
         sampling = {"temperature": args.temperature, "ignore_eos": True, "custom_params": donated}
@@ -229,6 +231,8 @@ def main() -> None:
     parser.add_argument("--layer-range", default="2,3,20", help="of policy relay (%(default)s)")
     parser.add_argument("--tau-dev", type=float, default=1.5, help="of policy relay (%(default)s)")
     parser.add_argument("--suffix", type=int, default=10, help="of policy relay (%(default)s)")
+    flags = "further flags of the relay server, e.g. '--relay-influence auto --relay-entry hidden'"
+    parser.add_argument("--server-args", default="", metavar="'--FLAG VALUE ...'", help=flags)
     parser.add_argument("--pool", type=int, default=65536, help="KV pool of each server, tokens (%(default)s)")
     parser.add_argument("--temperature", type=float, default=0.7, help="of the donor's decoding (%(default)s)")
     parser.add_argument("--seed", type=int, default=0)
