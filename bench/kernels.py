@@ -105,7 +105,7 @@ def check(device: torch.device) -> None:
         ("scattered", *distinct(2 * n, 4096, 1).view(2, n)),
         ("overlapping", torch.arange(n) + 100, torch.arange(n) + 90),
     ):
-        before = [b.cpu() for b in (*pool.table.keys, *pool.table.values)]
+        before = [b.to("cpu", copy=True) for b in (*pool.table.keys, *pool.table.values)]
         realign(before[:3], before[3:], source, target, cos.cpu(), sin.cpu(), neox=True, rotary_dim=DIM)
         realign_on_device(
             pool.table,
