@@ -173,6 +173,7 @@ def test_copied_tokens_hold_none(model: Path, tmp_path: Path) -> None:
         assert [state is None for state in got] == [False] * 20 + [True] * 100 + [False] * 9
 
 
+@pytest.mark.slow
 def test_two_ranks_with_influence_too(model: Path, reference: Reference) -> None:
     """Each rank has some heads: their influence is added up, the hidden states are the same."""
     env = {**ENV, "SGLANG_RELAY_INFLUENCE": "auto", "SGLANG_ENABLE_RANK_CONSENSUS_CHECKER": "1"}
@@ -188,13 +189,3 @@ def test_two_ranks_with_influence_too(model: Path, reference: Reference) -> None
     check_counts(report, prompt, int(want.selected.sum()))
     assert (report["entry"], report["influence"]) == ("hidden", "used")
     assert far(got, log_probabilities(want)) < BOUND
-
-
-def test_off_by_default(model: Path, tmp_path: Path) -> None:
-    inspector = Inspector(tmp_path)
-    env = {**ENV, "SGLANG_RELAY_ENTRY": "embeddings", **inspector.env}
-    with Server(model, *ARGS, "--max-total-tokens", 2048, env=env) as server:
-        assert inspector.ask(server, "module_hooks") == 0
-        assert server.get("/server_info")["internal_states"][0]["relay"]["hidden"] == {"unavailable": "off"}
-        answer = server.generate([7, 8, 9], max_new_tokens=2, custom_params={"relay_policy": "relay"})
-        assert answer["meta_info"]["relay"]["entry"] == "embeddings:off"
