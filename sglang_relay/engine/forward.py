@@ -83,6 +83,8 @@ class StagedForward:
         self.selected = [0] * len(self.plans)
         self.work = [0] * len(self.plans)
         self.influence: list[torch.Tensor | None] = [None] * len(self.plans)
+        self.known = [0] * len(self.plans)
+        """Reused tokens that have an influence."""
 
     # ------------------------------------------------------------------ prepare
 
@@ -194,10 +196,8 @@ class StagedForward:
         else:
             output = self._finish(relay, self.first, 0)
         self._agree(relay, None, 0)
-        known = [0 if i is None else int((~i.isnan()).sum()) for i in self.influence]
-        return output, [
-            Work(*counts, self.head is not None) for counts in zip(self.selected, self.work, known, strict=True)
-        ]
+        counts = zip(self.selected, self.work, self.known, strict=True)
+        return output, [Work(*of_plan, self.head is not None) for of_plan in counts]
 
     def _run_deviating(self, relay: RelayManager) -> Any:
         whole, until = self.policy.whole, self.policy.until
@@ -337,7 +337,11 @@ class StagedForward:
                 continue
             view = replace(self._view(spans, signal), influence=self.influence[number])
             asked.append((number, view, layout.rows_of(spans), policy.select(view, plan.budget)))
-        for (number, view, reused, _), keep in zip(asked, read_back([keep for *_, keep in asked]), strict=True):
+        known = [~view.influence.isnan() for _, view, *_ in asked if view.influence is not None]
+        masks = read_back([keep for *_, keep in asked] + known)
+        for (number, *_), has_influence in zip(asked, masks[len(asked) :], strict=False):
+            self.known[number] = int(has_influence.sum())
+        for (number, view, reused, _), keep in zip(asked, masks, strict=False):
             chosen = reused[keep]
             if policy.interpolates:
                 self._interpolate(view, reused, keep)
