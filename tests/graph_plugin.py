@@ -7,6 +7,7 @@ a capture, with the tensors they read and wrote, and runs them again at replay, 
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -109,23 +110,22 @@ def replay(scheduler: Any, context: int, rows: int, ends_early: bool = False) ->
     from sglang_relay.engine.calibration import _borrowed, _Passes
     from sglang_relay.engine.forward import StagedForward
     from sglang_relay.engine.manager import BatchPlan
-    from sglang_relay.engine.plugin import _rotary
     from sglang_relay.policies.rotate import Rotate
 
     relay, runner = scheduler.tree_cache.relay, scheduler.tp_worker.model_runner
-    layers, rotary = runner.model_config.num_hidden_layers, _rotary(runner, [])
+    tools, layers = relay.tools, runner.model_config.num_hidden_layers
     pool = (*runner.token_to_kv_pool.k_buffer, *runner.token_to_kv_pool.v_buffer)
     found, after, calls = [], [], []
     with _borrowed(relay, runner) as (row, slots), torch.no_grad():
         for buffer in pool:
             buffer[slots] = torch.randn(len(slots), *buffer.shape[1:], generator=torch.Generator().manual_seed(7))
-        batch = _Passes(relay, runner, rotary, row, slots, None)._batch(context, rows)
+        batch = _Passes(relay, tools, row, slots, None)._batch(context, rows)
         before = [buffer.clone() for buffer in pool]
-        for graphs in (None, relay.graphs):
+        for graphs in (None, tools.graphs):
             for buffer, old in zip(pool, before, strict=True):
                 buffer.copy_(old)
             plan = BatchPlan(Rotate(layers), [], [], [])
-            staged = StagedForward(runner, batch, plan, rotary, relay.attention, relay.ops, 1, graphs)
+            staged = StagedForward(replace(tools, graphs=graphs), batch, plan)
             staged.prepare()
             calls.append(_watch(staged.backend))
             if ends_early:

@@ -26,7 +26,7 @@ from sglang_relay.policies.rotate import Rotate
 
 if TYPE_CHECKING:
     from sglang_relay.engine.costing import Costs
-    from sglang_relay.rotary import DeltaRotary
+    from sglang_relay.engine.tools import ForwardTools
 
 logger = logging.getLogger(__name__)
 
@@ -34,15 +34,15 @@ _WARM = (Shape("stock", 16, 0), Shape("relay", 16, 0), Shape("relay", 0, 0, 16))
 """One pass of each kind pays for what later ones find warm."""
 
 
-def calibrate_costs(relay: RelayManager, costs: Costs, runner: Any, rotary: DeltaRotary, chunk: int | None) -> None:
+def calibrate_costs(relay: RelayManager, tools: ForwardTools, costs: Costs, chunk: int | None) -> None:
     """Give ``costs`` start values of this machine. A failure is logged and leaves the prior; all ranks must call it.
 
     chunk: most rows of a prefill forward: memory is not reserved for more.
     """
     began, consensus, model = time.perf_counter(), relay.consensus, None
     try:
-        with _borrowed(relay, runner) as (row, slots), _forward_stream(runner), torch.no_grad():
-            passes = _Passes(relay, runner, rotary, row, slots, chunk)
+        with _borrowed(relay, tools.runner) as (row, slots), _forward_stream(tools.runner), torch.no_grad():
+            passes = _Passes(relay, tools, row, slots, chunk)
             for shape in _WARM:
                 passes.measure(shape)
             warm: Any = consensus.broadcast(time.perf_counter() - began)
@@ -100,15 +100,15 @@ class _Passes:
     """Passes over one borrowed row (of the request pool) and its slots, int64 [n]."""
 
     def __init__(
-        self, relay: RelayManager, runner: Any, rotary: DeltaRotary, row: int, slots: torch.Tensor, chunk: int | None
+        self, relay: RelayManager, tools: ForwardTools, row: int, slots: torch.Tensor, chunk: int | None
     ) -> None:
         self._relay = relay
-        self._runner = runner
-        self._rotary = rotary
+        self._tools = tools
+        self._runner = runner = tools.runner
         self._row = row
         self._slots = slots
         self._rows = chunk or math.inf
-        self._positions = min(runner.model_config.context_len, rotary.positions)
+        self._positions = min(runner.model_config.context_len, tools.rotary.positions)
         self._compiles = torch.device(runner.device).type != "cpu"
         self._seen: set[Shape] = set()
 
@@ -153,15 +153,12 @@ class _Passes:
     def _copy(self, count: int) -> None:
         positions = torch.arange(count, device=self._slots.device)
         donors, own = self._slots[:count], self._slots[count : 2 * count]
-        self._relay.ops.copier.copy_turned(donors, own, positions, positions + count)
+        self._tools.ops.copier.copy_turned(donors, own, positions, positions + count)
 
     def _relayed(self, batch: ForwardBatch) -> None:
         """As a served one that has nothing to copy; its host work belongs to its time."""
         planned = BatchPlan(Rotate(self._runner.model_config.num_hidden_layers), [], [], [])
-        relay, queries = self._relay, 1
-        staged = StagedForward(
-            self._runner, batch, planned, self._rotary, relay.attention, relay.ops, queries, relay.graphs
-        )
+        staged = StagedForward(self._tools, batch, planned)
         failure = None
         try:
             staged.prepare()
@@ -169,7 +166,7 @@ class _Passes:
             failure = self._relay.failure("prepare", error)
         if not self._relay.consensus.agree(failure is None, 0):
             raise Decline(failure or "ranks_disagree", "calibration")
-        staged.run(self._relay)
+        staged.run()
 
     def _batch(self, context: int, rows: int) -> ForwardBatch:
         """Tokens ``[context, context + rows)`` of the made-up request, through SGLang's own way to a ForwardBatch."""

@@ -17,15 +17,14 @@ import torch
 from sglang.srt.model_executor.model_runner import ModelRunnerOutput
 from sglang.srt.runtime_context import get_parallel
 
-from sglang_relay.attention import AttentionEngine, Interpolation, parts_of
+from sglang_relay.attention import Interpolation, parts_of
 from sglang_relay.engine.audit import AUDITED, divergence
 from sglang_relay.engine.backend import AttentionProbe, DeviationProbe, RelayAttentionBackend
 from sglang_relay.engine.consensus import digest_of
-from sglang_relay.engine.graphs import PrefillGraphs
 from sglang_relay.engine.layout import Layout, Span
 from sglang_relay.engine.probing import ProbePass
 from sglang_relay.engine.stage import Stage
-from sglang_relay.ops import Ops
+from sglang_relay.engine.tools import ForwardTools
 from sglang_relay.plan import Decline
 from sglang_relay.policies import PromptView
 from sglang_relay.transfer import on_device, read_back
@@ -33,10 +32,8 @@ from sglang_relay.transfer import on_device, read_back
 if TYPE_CHECKING:
     from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 
-    from sglang_relay.engine.hidden import HiddenStates
     from sglang_relay.engine.influence import Influence
     from sglang_relay.engine.manager import BatchPlan, RelayManager
-    from sglang_relay.rotary import DeltaRotary
 
 
 class Work(NamedTuple):
@@ -54,32 +51,16 @@ class StagedForward:
     """One relay forward. ``prepare`` and ``place`` may fail on one rank alone, so the ranks agree after them; ``run``
     holds the model's collectives, and agrees wherever the relay's own code ran between them."""
 
-    def __init__(
-        self,
-        runner: Any,
-        batch: ForwardBatch,
-        planned: BatchPlan,
-        rotary: DeltaRotary,
-        attention: AttentionEngine,
-        ops: Ops,
-        probe_queries: int,
-        graphs: PrefillGraphs | None = None,
-        hidden: HiddenStates | None = None,
-    ) -> None:
-        self.runner = runner
-        self.attention = attention
-        self.ops = ops
+    def __init__(self, tools: ForwardTools, batch: ForwardBatch, planned: BatchPlan) -> None:
+        self.tools = tools
+        self.runner = tools.runner
         self.batch = batch
         self.policy = planned.policy
         self.plans = planned.plans
-        self.rotary = rotary
-        self.probe_queries = probe_queries
-        self.graphs = graphs
-        self.hidden = hidden
         self.states: torch.Tensor | None = None
         self.head: Stage | None = None
         """The fresh tokens, up to the layer that reused ones enter."""
-        self.layers: int = runner.model_config.num_hidden_layers
+        self.layers: int = tools.runner.model_config.num_hidden_layers
         self.selected = [0] * len(self.plans)
         self.work = [0] * len(self.plans)
         self.influence: list[torch.Tensor | None] = [None] * len(self.plans)
@@ -91,21 +72,21 @@ class StagedForward:
     def prepare(self) -> None:
         """Lay out rows and plan the first stage. Raises Decline when the batch is not what was planned."""
         self.layout = layout = Layout(self.runner, self.batch, self.plans)
-        self.backend = RelayAttentionBackend(self.runner, self.ops)
+        self.backend = RelayAttentionBackend(self.runner, self.tools.ops)
         self.fresh = np.flatnonzero(layout.fresh)
         self.ends = self._rows_with_logits()
         self.placing = [s for s in layout.spans if s.source is not None]
         if self.placing:
             source = np.concatenate([s.sources for s in self.placing])
             target = np.concatenate([s.positions for s in self.placing])
-            if max(source.max(), target.max()) >= self.rotary.positions:
+            if max(source.max(), target.max()) >= self.tools.rotary.positions:
                 raise Decline("rotary_table_short", f"position {max(source.max(), target.max())}")
             self.source, self.target = layout.tensor(source), layout.tensor(target)
         if self.policy.probes:
-            self.probing = probing = ProbePass(layout, self.probe_queries)
+            self.probing = probing = ProbePass(layout, self.tools.probe_queries)
             self.first = self._stage(probing.rows, probing.missing)
             asked = [queries for _, queries in probing.asked]
-            scores = self.ops.probe.plan(asked, dtype=self.runner.dtype, device=layout.device)
+            scores = self.tools.ops.probe.plan(asked, dtype=self.runner.dtype, device=layout.device)
             self.backend.probe = AttentionProbe(scores, self.layers)
             for number, rows in enumerate(probing.repeated):
                 self.work[number] += rows * self.layers
@@ -129,9 +110,9 @@ class StagedForward:
         """Reused tokens enter with their donors' hidden states, where all of them have one."""
         spans = self.layout.approximate()
         slots = [s.slots for s in spans if s.slots is not None]
-        if self.hidden is None or not self.policy.enters or not slots:
+        if self.tools.hidden is None or not self.policy.enters or not slots:
             return
-        self.states = self.hidden.of(torch.cat(slots).to(self.layout.device))
+        self.states = self.tools.hidden.of(torch.cat(slots).to(self.layout.device))
         if self.states is not None:
             self.head = self._stage(self.fresh)
 
@@ -150,8 +131,8 @@ class StagedForward:
 
     def _stage(self, rows: np.ndarray, missing: np.ndarray | None = None) -> Stage:
         sequences = self.layout.sequences(rows, missing)
-        attention = self.attention.plan(sequences, dtype=self.runner.dtype, device=self.layout.device)
-        return Stage(self.runner.model, self.layout, self.backend, rows, attention, self.graphs)
+        attention = self.tools.attention.plan(sequences, dtype=self.runner.dtype, device=self.layout.device)
+        return Stage(self.runner.model, self.layout, self.backend, rows, attention, self.tools.graphs)
 
     def _rows_with_logits(self) -> np.ndarray:
         """Each request's last row, and those whose prompt logprobs are asked for; fresh in every stage."""
@@ -181,44 +162,44 @@ class StagedForward:
             for made in slots:
                 made.record_stream(torch.cuda.current_stream(layout.device))
         own = layout.out_loc.index_select(0, layout.tensor(layout.rows_of(self.placing))).long()
-        self.ops.copier.copy_turned(donors, own, self.source, self.target)
+        self.tools.ops.copier.copy_turned(donors, own, self.source, self.target)
 
-    def run(self, relay: RelayManager) -> tuple[Any, list[Work]]:
+    def run(self) -> tuple[Any, list[Work]]:
         """Returns the logits output and what each plan's repair took.
 
         Between the layers nothing of the relay raises, and after each stage the ranks agree, so that all of them leave
         at the same point. Raises Decline on every rank when one of them failed or selected other rows.
         """
         if self.policy.probes:
-            output = self._run_probed(relay)
+            output = self._run_probed()
         elif self.policy.signal == "deviation":
-            output = self._run_deviating(relay)
+            output = self._run_deviating()
         else:
-            output = self._finish(relay, self.first, 0)
-        self._agree(relay, None, 0)
+            output = self._finish(self.first, 0)
+        self._agree(None, 0)
         counts = zip(self.selected, self.work, self.known, strict=True)
         return output, [Work(*of_plan, self.head is not None) for of_plan in counts]
 
-    def _run_deviating(self, relay: RelayManager) -> Any:
+    def _run_deviating(self) -> Any:
         whole, until = self.policy.whole, self.policy.until
-        self._run_head(relay)
+        self._run_head()
         if whole == self.layers:
-            return self._finish(relay, self.first, self.entered)
+            return self._finish(self.first, self.entered)
         self.first.layers(self.entered, whole)
         if until == whole:  # selected or not, no reused token goes on
-            (stage,) = self._next(relay, self.first, lambda: [self.fresh])
-            return self._finish(relay, stage, whole)
+            (stage,) = self._next(self.first, lambda: [self.fresh])
+            return self._finish(stage, whole)
         signals = self._deviations()
-        if relay.influence is not None and self.policy.reads_influence:
-            self.influence = self._influence(relay.influence)
-        (stage,) = self._next(relay, self.first, lambda: [self._with_selected(self.fresh, signals)])
+        if self.tools.influence is not None and self.policy.reads_influence:
+            self.influence = self._influence(self.tools.influence)
+        (stage,) = self._next(self.first, lambda: [self._with_selected(self.fresh, signals)])
         if until < self.layers:
             stage.layers(whole, until)
-            (stage,) = self._next(relay, stage, lambda: [self.fresh])
-            return self._finish(relay, stage, until)
-        return self._finish(relay, stage, whole)
+            (stage,) = self._next(stage, lambda: [self.fresh])
+            return self._finish(stage, until)
+        return self._finish(stage, whole)
 
-    def _run_head(self, relay: RelayManager) -> None:
+    def _run_head(self) -> None:
         """Bring the fresh tokens to the layer that the reused ones enter, and join them."""
         if self.head is None or self.states is None:
             return
@@ -228,31 +209,31 @@ class StagedForward:
         try:
             self.first.join(self.fresh, state, self.layout.rows_of(self.layout.approximate()), self.states)
         except Exception as error:
-            failure = relay.failure("hand_over", error)
+            failure = self.tools.failure("hand_over", error)
         self.states = None
-        self._agree(relay, failure, self.entered)
+        self._agree(failure, self.entered)
 
-    def _run_probed(self, relay: RelayManager) -> Any:
+    def _run_probed(self) -> Any:
         if len(self.first.rows):
             self.first.keys_and_values(0, self.layers - 1)
         signals = self._attention_scores()
         self.backend.probe = None
         rest = np.setdiff1d(self.fresh, self.probing.head)
-        (stage,) = self._next(relay, None, lambda: [self._with_selected(rest, signals)])
-        return self._finish(relay, stage, 0)
+        (stage,) = self._next(None, lambda: [self._with_selected(rest, signals)])
+        return self._finish(stage, 0)
 
-    def _finish(self, relay: RelayManager, stage: Stage, done: int) -> Any:
+    def _finish(self, stage: Stage, done: int) -> Any:
         """Layers ``[done, layers)``; of the last one, K and V of all rows, and the rest of it where logits are read,
         unless a replay runs all of it anyway."""
         last = self.layers - 1
         if done >= last or len(self.ends) == len(stage.rows) or stage.replays(done, self.layers):
             return stage.layers(done, self.layers)
         stage.layers(done, last)
-        ends, others = self._next(relay, stage, lambda: [self.ends, stage.rows])
+        ends, others = self._next(stage, lambda: [self.ends, stage.rows])
         others.keys_and_values(last, last)
         return ends.layers(last, self.layers)
 
-    def _next(self, relay: RelayManager, before: Stage | None, rows: Callable[[], list[np.ndarray]]) -> list[Stage]:
+    def _next(self, before: Stage | None, rows: Callable[[], list[np.ndarray]]) -> list[Stage]:
         """The stages that go on with each of ``rows()``, subsets of the rows of ``before``, or start from their
         embeddings (None); the same on every rank."""
         stages: list[Stage] = []
@@ -263,24 +244,24 @@ class StagedForward:
                     stages.append(self._stage(active))
                     digest = (digest * 31 + int(np.dot(active, np.arange(1, len(active) + 1)))) % (1 << 61)
             except Exception as error:
-                failure = relay.failure("select", error)
-        self._agree(relay, failure, digest)
+                failure = self.tools.failure("select", error)
+        self._agree(failure, digest)
         if before is not None:
             state = before.export()
             try:
                 for stage in stages:
                     stage.take_over(before.rows, *state)
             except Exception as error:
-                failure = relay.failure("hand_over", error)
-            self._agree(relay, failure, digest)
+                failure = self.tools.failure("hand_over", error)
+            self._agree(failure, digest)
         return stages
 
-    def _agree(self, relay: RelayManager, failure: str | None, digest: int) -> None:
+    def _agree(self, failure: str | None, digest: int) -> None:
         """All ranks came this far with the same ``digest``; else Decline on all of them."""
         if self.backend.failure is not None:
-            failure = relay.failure("attention", self.backend.failure)
+            failure = self.tools.failure("attention", self.backend.failure)
             self.backend.failure.__traceback__ = None  # its frames hold the tensors of this pass
-        if not relay.consensus.agree(failure is None, digest):
+        if not self.tools.consensus.agree(failure is None, digest):
             raise Decline(failure or "ranks_disagree", "one rank failed, or the selected rows differ")
 
     # ------------------------------------------------------------------ select
@@ -359,7 +340,7 @@ class StagedForward:
             buffers = pool.k_buffer, pool.v_buffer
             index = view.index.to(layout.device)
             self.backend.interpolations.append(
-                Interpolation(parts, slots, positions, index, buffers, self.rotary, self.ops.carrier)
+                Interpolation(parts, slots, positions, index, buffers, self.tools.rotary, self.tools.ops.carrier)
             )
 
     def _view(self, spans: list[Span], signal: torch.Tensor | None) -> PromptView:
@@ -395,7 +376,7 @@ def _audited(
 def relay_forward(
     original: Any,
     relay: RelayManager,
-    rotary: DeltaRotary,
+    tools: ForwardTools,
     planned: BatchPlan,
     runner: Any,
     batch: Any,
@@ -408,10 +389,7 @@ def relay_forward(
     """
     began = time.perf_counter()
     watch = None if relay.costs is None else relay.costs.start(runner.device)
-    queries = relay.config.probe_queries
-    staged = StagedForward(
-        *(runner, batch, planned, rotary, relay.attention, relay.ops, queries, relay.graphs, relay.hidden)
-    )
+    staged = StagedForward(tools, batch, planned)
     reason, step = None, "prepare"
     try:
         staged.prepare()
@@ -426,7 +404,7 @@ def relay_forward(
     if relay.consensus.agree(reason is None, digest_of(len(planned.plans), staged.entered)):
         try:
             with torch.no_grad():
-                logits, work = staged.run(relay)
+                logits, work = staged.run()
         except Decline as decline:
             reason = decline.reason
             relay.log_once(reason, str(decline))

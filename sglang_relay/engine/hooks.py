@@ -13,7 +13,6 @@ from sglang_relay.engine.adder import adder_class
 from sglang_relay.engine.forward import relay_forward
 from sglang_relay.engine.manager import BatchPlan, RelayManager
 from sglang_relay.engine.report import streamer_class
-from sglang_relay.rotary import DeltaRotary
 
 SOURCE = HookSource(plugin_name="relay", dist_name="sglang-relay")
 
@@ -38,9 +37,8 @@ class Hook(NamedTuple):
 class SchedulerHooks:
     """The hooks of one scheduler process, bound to its relay."""
 
-    def __init__(self, relay: RelayManager, rotary: DeltaRotary | None, state: Callable[[], dict[str, Any]]) -> None:
+    def __init__(self, relay: RelayManager, state: Callable[[], dict[str, Any]]) -> None:
         self.relay = relay
-        self.rotary = rotary
         self.state = state
         self._running: BatchPlan | None = None
         self._reqs: list[Any] = []
@@ -115,7 +113,7 @@ class SchedulerHooks:
             self.relay.finish(planned)
 
     def forward(self, original: Callable[..., Any], runner: Any, batch: Any, *args: Any, **kwargs: Any) -> Any:
-        if runner.is_draft_worker or self.rotary is None:
+        if runner.is_draft_worker or self.relay.tools is None:
             return original(runner, batch, *args, **kwargs)
         if (hidden := self.relay.hidden) is not None:
             hidden.begin(batch)
@@ -127,13 +125,13 @@ class SchedulerHooks:
         return output
 
     def _forward(self, original: Callable[..., Any], runner: Any, batch: Any, *args: Any, **kwargs: Any) -> Any:
-        planned = self._running
-        if planned is None or self.rotary is None:
+        planned, tools = self._running, self.relay.tools
+        if planned is None or tools is None:
             costs = self.relay.costs
             run = original if costs is None else functools.partial(costs.time_stock, original)
             return run(runner, batch, *args, **kwargs)
         self._running = None  # a failed relay forward calls the stock forward, which must not come back here
-        return relay_forward(original, self.relay, self.rotary, planned, runner, batch, *args, **kwargs)
+        return relay_forward(original, self.relay, tools, planned, runner, batch, *args, **kwargs)
 
     def update_weights(self, original: Callable[..., Any], updater: Any, *args: Any, **kwargs: Any) -> Any:
         waiting = [*updater.scheduler.waiting_queue, *_grammar_queue(updater.scheduler)]

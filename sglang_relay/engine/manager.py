@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 
 from sglang.srt.managers.schedule_batch import FINISH_ABORT
 
-from sglang_relay.attention import AttentionEngine
 from sglang_relay.breaker import Band
 from sglang_relay.budget import Budget
 from sglang_relay.config import RelayConfig
@@ -22,7 +21,6 @@ from sglang_relay.engine.audit import BREAKER_OPEN, Auditor
 from sglang_relay.engine.consensus import Consensus, digest_of
 from sglang_relay.engine.costing import Costs
 from sglang_relay.engine.donors import EXACT_PREFIX, Donors, Held, tokens_of
-from sglang_relay.engine.graphs import PrefillGraphs
 from sglang_relay.engine.guards import batch_reason, request_reason
 from sglang_relay.engine.matching import Matcher
 from sglang_relay.engine.namespaces import Namespaces, Tenant
@@ -30,7 +28,6 @@ from sglang_relay.engine.planning import Planner
 from sglang_relay.engine.report import REPORT_KEY, Stats
 from sglang_relay.engine.requests import Controls, RelayRequest, new_report, read_controls, relay_of
 from sglang_relay.index import ContentIndex, DepthMap
-from sglang_relay.ops import Ops
 from sglang_relay.plan import Candidate, Decline, Placed, RelayPlan
 from sglang_relay.policies import Policy, make_policies
 
@@ -42,6 +39,7 @@ if TYPE_CHECKING:
     from sglang_relay.engine.forward import Work
     from sglang_relay.engine.hidden import HiddenStates
     from sglang_relay.engine.influence import Influence
+    from sglang_relay.engine.tools import ForwardTools
     from sglang_relay.engine.tree import RelayCache
 
 logger = logging.getLogger(__name__)
@@ -74,8 +72,6 @@ class RelayManager:
         config: RelayConfig,
         tree: RelayCache,
         consensus: Consensus,
-        attention: AttentionEngine,
-        ops: Ops | None,
         *,
         num_layers: int,
         pool_slots: int,
@@ -86,17 +82,12 @@ class RelayManager:
         unsupported: list[str],
         budgets: Mapping[str, Budget],
         band_of: Callable[[str], Band],
-        graphs: PrefillGraphs | None,
     ) -> None:
         """``config.policy`` is a policy's name here; budgets: defaults of policies that differ from their own; chunk:
-        most rows of a prefill forward, None without a limit; ops: None where nothing will relay; graphs: replayed where
-        they fit."""
+        most rows of a prefill forward, None without a limit."""
         self.config = config
         self.tree = tree
         self.consensus = consensus
-        self.attention = attention
-        self.graphs = graphs
-        self._ops = ops
         self.isolated = isolated
         self.unsupported = unsupported
         self.namespaces = Namespaces(secret)
@@ -119,6 +110,8 @@ class RelayManager:
         """Why there is none."""
         self.hidden: HiddenStates | None = None
         self.hidden_missing = "off"
+        self.tools: ForwardTools | None = None
+        """None where nothing will relay."""
         self.costs: Costs | None = None
         if config.cost_model and not unsupported:
             queries = config.probe_queries
@@ -133,12 +126,6 @@ class RelayManager:
         self._logged: set[str] = set()
         self.planner = Planner(tree, self.donors, self._policies, pool_slots)
         self._outstanding: BatchPlan | None = None
-
-    @property
-    def ops(self) -> Ops:
-        if self._ops is None:
-            raise RuntimeError("this server does not relay")
-        return self._ops
 
     @property
     def default_tier(self) -> str:

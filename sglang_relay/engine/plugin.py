@@ -49,7 +49,6 @@ def build_tree(ctx: TreeCacheBuildContext) -> Any:
     from sglang.srt.mem_cache.registry import create_unified_radix_cache
     from sglang.srt.runtime_context import get_memory, get_observability, get_schedule
 
-    from sglang_relay.attention import TorchAttention
     from sglang_relay.engine import hooks as hooking
     from sglang_relay.engine.backend import attention_of, ops_of
     from sglang_relay.engine.calibration import calibrate_costs
@@ -70,6 +69,7 @@ def build_tree(ctx: TreeCacheBuildContext) -> Any:
     from sglang_relay.engine.namespaces import new_secret
     from sglang_relay.engine.report import Metrics
     from sglang_relay.engine.served import with_profile
+    from sglang_relay.engine.tools import ForwardTools
     from sglang_relay.engine.tree import RelayCache
     from sglang_relay.index import warm_up
 
@@ -97,8 +97,6 @@ def build_tree(ctx: TreeCacheBuildContext) -> Any:
         config,
         tree,
         consensus,
-        TorchAttention() if reasons else attention_of(runner, config.attention),
-        None if rotary is None else ops_of(runner, rotary, config.probe_queries),
         num_layers=runner.model_config.num_hidden_layers,
         pool_slots=0 if reasons else runner.token_to_kv_pool.k_buffer[0].shape[0],
         chunk=(chunk := _chunk(get_schedule().chunked_prefill_size)),
@@ -108,7 +106,6 @@ def build_tree(ctx: TreeCacheBuildContext) -> Any:
         unsupported=reasons,
         budgets={} if chosen.policy is None or chosen.budget is None else {chosen.policy: chosen.budget},
         band_of=bands(certificate),
-        graphs=PrefillGraphs(runner) if config.graphs == "auto" else None,
     )
     if missing_influence is not None:
         relay.influence_missing = missing_influence
@@ -119,9 +116,22 @@ def build_tree(ctx: TreeCacheBuildContext) -> Any:
         relay.hidden_missing = missing_hidden
     elif not reasons:
         relay.keep_hidden(hidden_of(runner, first, relay.failure))
-    if relay.costs is not None and rotary is not None:
-        calibrate_costs(relay, relay.costs, runner, rotary, chunk)
-    hooks = hooking.SchedulerHooks(relay, rotary, lambda: _state(relay, table, isolated, settings))
+    if rotary is not None:
+        relay.tools = ForwardTools(
+            runner=runner,
+            rotary=rotary,
+            attention=attention_of(runner, config.attention),
+            ops=ops_of(runner, rotary, config.probe_queries),
+            probe_queries=config.probe_queries,
+            graphs=PrefillGraphs(runner) if config.graphs == "auto" else None,
+            hidden=relay.hidden,
+            influence=relay.influence,
+            consensus=consensus,
+            failure=relay.failure,
+        )
+        if relay.costs is not None:
+            calibrate_costs(relay, relay.tools, relay.costs, chunk)
+    hooks = hooking.SchedulerHooks(relay, lambda: _state(relay, table, isolated, settings))
     table = hooks.table()
     hooking.install(table)
     if absent := hooking.missing(table):
@@ -187,9 +197,11 @@ def _announce(relay: Any, hooks: list[Any], isolated: bool, chosen: Any) -> None
 
 def _state(relay: Any, hooks: list[Any], isolated: bool, settings: dict[str, Any]) -> dict[str, Any]:
     """What ``/server_info`` shows. Holds no secret."""
+    from sglang_relay.attention import TorchAttention
     from sglang_relay.engine.hooks import missing
 
-    absent = missing(hooks)
+    absent, tools = missing(hooks), relay.tools
+    replayed = 0 if tools is None or tools.graphs is None else tools.graphs.passes
     return {
         "version": __version__,
         "active": not relay.unsupported,
@@ -198,13 +210,13 @@ def _state(relay: Any, hooks: list[Any], isolated: bool, settings: dict[str, Any
         "hooks": {h.target: h.target not in absent for h in hooks},
         "config": {name: _plain(getattr(relay.config, name)) for name in type(relay.config).__dataclass_fields__},
         "layer_range": str(relay.layers),
-        "attention": relay.attention.name,
+        "attention": TorchAttention.name if tools is None else tools.attention.name,
         "influence": (
             {"unavailable": relay.influence_missing} if relay.influence is None else relay.influence.as_dict()
         ),
         "hidden": {"unavailable": relay.hidden_missing} if relay.hidden is None else relay.hidden.as_dict(),
-        "graph_passes": None if relay.graphs is None else relay.graphs.passes,
-        "kernels": None if relay.unsupported else relay.ops.names(),
+        "graph_passes": None if relay.config.graphs == "off" else replayed,
+        "kernels": None if tools is None or relay.unsupported else tools.ops.names(),
         "weight_epoch": relay.namespaces.epoch,
         "index": relay.index.stats(),
         "settings": settings,
