@@ -32,7 +32,7 @@ PAGE_LOCKED = {
     ("probe_scores.py", "plan_probe"),
 }
 """Functions that put what they copy into page-locked memory first where the device is a CUDA device."""
-ON_HOST = {("forward.py", "_view")}
+ON_HOST = {("selection.py", "_view")}
 """Functions whose tensors made of arrays stay on the host: what needs no signal is selected there."""
 
 _VALUES = ("_local_scalar_dense", "nonzero", "masked_select", "_unique", "_unique2", "unique_dim", "equal", "allclose")

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 
     from sglang_relay.budget import Budget
-    from sglang_relay.engine.forward import Work
+    from sglang_relay.engine.selection import Work
     from sglang_relay.policies import Policy
 
 LAG = 2

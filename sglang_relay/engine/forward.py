@@ -1,50 +1,35 @@
-"""The forward of a relayed batch: place donor KV, choose what to repair, run layer ranges over sets of rows.
+"""The forward of a relayed batch: place donor KV, run layer ranges over sets of rows.
 
-What is chosen, and from what, is the policy's (``policies/base.py``): by the deviation that the first layers show, by a
-probe pass of the prompt's last tokens, or beforehand. In the last layer only the rows whose logits are read go beyond
-K and V.
+What runs again (``selection.py``), and what says so, is up to the policy (``policies/base.py``): the deviation that the
+first layers show, a probe pass of the prompt's last tokens, or nothing that runs first. In the last layer only the rows
+whose logits are read go beyond K and V.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import replace
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from sglang.srt.model_executor.model_runner import ModelRunnerOutput
-from sglang.srt.runtime_context import get_parallel
 
-from sglang_relay.attention import Interpolation, parts_of
 from sglang_relay.engine.audit import AUDITED, divergence
-from sglang_relay.engine.backend import AttentionProbe, DeviationProbe, RelayAttentionBackend
+from sglang_relay.engine.backend import RelayAttentionBackend
 from sglang_relay.engine.consensus import digest_of
-from sglang_relay.engine.layout import Layout, Span
+from sglang_relay.engine.layout import Layout
 from sglang_relay.engine.probing import ProbePass
+from sglang_relay.engine.selection import Selection, Work
 from sglang_relay.engine.stage import Stage
 from sglang_relay.engine.tools import ForwardTools
 from sglang_relay.plan import Decline
-from sglang_relay.policies import PromptView
-from sglang_relay.transfer import on_device, read_back
+from sglang_relay.transfer import on_device
 
 if TYPE_CHECKING:
     from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 
-    from sglang_relay.engine.influence import Influence
     from sglang_relay.engine.manager import BatchPlan, RelayManager
-
-
-class Work(NamedTuple):
-    """What one plan's repair took. selected: reused tokens that the policy chose; layers: token-layers that ran on
-    account of the repair, probe pass and rows of earlier chunks included; influence: reused tokens that have one;
-    entered: whether reused tokens entered with stored hidden states."""
-
-    selected: int
-    layers: int
-    influence: int
-    entered: bool
 
 
 class StagedForward:
@@ -61,11 +46,6 @@ class StagedForward:
         self.head: Stage | None = None
         """The fresh tokens, up to the layer that reused ones enter."""
         self.layers: int = tools.runner.model_config.num_hidden_layers
-        self.selected = [0] * len(self.plans)
-        self.work = [0] * len(self.plans)
-        self.influence: list[torch.Tensor | None] = [None] * len(self.plans)
-        self.known = [0] * len(self.plans)
-        """Reused tokens that have an influence."""
 
     # ------------------------------------------------------------------ prepare
 
@@ -73,6 +53,7 @@ class StagedForward:
         """Lay out rows and plan the first stage. Raises Decline when the batch is not what was planned."""
         self.layout = layout = Layout(self.runner, self.batch, self.plans)
         self.backend = RelayAttentionBackend(self.runner, self.tools.ops)
+        self.selection = Selection(self.tools, self.policy, layout, self.backend)
         self.fresh = np.flatnonzero(layout.fresh)
         self.ends = self._rows_with_logits()
         self.placing = [s for s in layout.spans if s.source is not None]
@@ -85,34 +66,29 @@ class StagedForward:
         if self.policy.probes:
             self.probing = probing = ProbePass(layout, self.tools.probe_queries)
             self.first = self._stage(probing.rows, probing.missing)
-            asked = [queries for _, queries in probing.asked]
-            scores = self.tools.ops.probe.plan(asked, dtype=self.runner.dtype, device=layout.device)
-            self.backend.probe = AttentionProbe(scores, self.layers)
-            for number, rows in enumerate(probing.repeated):
-                self.work[number] += rows * self.layers
+            self.selection.measure_attention(probing)
         else:
             self.first = self._stage(self._first_rows())
         if self.policy.signal == "deviation" and self.policy.whole < self.policy.until:
-            self._prepare_deviation()
+            self.selection.measure_deviation(self.first.rows)
 
     def _first_rows(self) -> np.ndarray:
         if self.policy.whole:
             exact = self.layout.rows_of([s for s in self.layout.spans if s.exact])
             self._enter()
             for span in self.layout.approximate():
-                self.work[span.plan] += span.length * (self.policy.whole - self.entered)
+                self.selection.charge(span.plan, span.length * (self.policy.whole - self.entered))
             return np.setdiff1d(np.arange(len(self.layout.positions)), exact)
         if self.policy.signal == "none":
-            return self._with_selected(self.fresh, [None] * len(self.plans))
+            return self.selection.with_selected(self.fresh)
         return self.fresh
 
     def _enter(self) -> None:
         """Reused tokens enter with their donors' hidden states, where all of them have one."""
         spans = self.layout.approximate()
-        slots = [s.slots for s in spans if s.slots is not None]
-        if self.tools.hidden is None or not self.policy.enters or not slots:
+        if self.tools.hidden is None or not self.policy.enters or not spans:
             return
-        self.states = self.tools.hidden.of(torch.cat(slots).to(self.layout.device))
+        self.states = self.tools.hidden.of(self.layout.donor_slots(spans))
         if self.states is not None:
             self.head = self._stage(self.fresh)
 
@@ -120,14 +96,6 @@ class StagedForward:
     def entered(self) -> int:
         """The layer that reused tokens enter."""
         return 0 if self.head is None else self.policy.enters
-
-    def _prepare_deviation(self) -> None:
-        spans = self.layout.approximate()
-        if spans:
-            rows = np.searchsorted(self.first.rows, self.layout.rows_of(spans))
-            slots = torch.cat([s.slots for s in spans if s.slots is not None]).to(self.layout.device)
-            heads = self.runner.token_to_kv_pool.head_num
-            self.backend.deviation = DeviationProbe(self.policy.whole - 1, heads, self.layout.tensor(rows), slots)
 
     def _stage(self, rows: np.ndarray, missing: np.ndarray | None = None) -> Stage:
         sequences = self.layout.sequences(rows, missing)
@@ -177,8 +145,7 @@ class StagedForward:
         else:
             output = self._finish(self.first, 0)
         self._agree(None, 0)
-        counts = zip(self.selected, self.work, self.known, strict=True)
-        return output, [Work(*of_plan, self.head is not None) for of_plan in counts]
+        return output, self.selection.work(entered=self.head is not None)
 
     def _run_deviating(self) -> Any:
         whole, until = self.policy.whole, self.policy.until
@@ -189,10 +156,8 @@ class StagedForward:
         if until == whole:  # selected or not, no reused token goes on
             (stage,) = self._next(self.first, lambda: [self.fresh])
             return self._finish(stage, whole)
-        signals = self._deviations()
-        if self.tools.influence is not None and self.policy.reads_influence:
-            self.influence = self._influence(self.tools.influence)
-        (stage,) = self._next(self.first, lambda: [self._with_selected(self.fresh, signals)])
+        self.selection.collect()
+        (stage,) = self._next(self.first, lambda: [self.selection.with_selected(self.fresh)])
         if until < self.layers:
             stage.layers(whole, until)
             (stage,) = self._next(stage, lambda: [self.fresh])
@@ -216,10 +181,9 @@ class StagedForward:
     def _run_probed(self) -> Any:
         if len(self.first.rows):
             self.first.keys_and_values(0, self.layers - 1)
-        signals = self._attention_scores()
-        self.backend.probe = None
+        self.selection.collect()
         rest = np.setdiff1d(self.fresh, self.probing.head)
-        (stage,) = self._next(None, lambda: [self._with_selected(rest, signals)])
+        (stage,) = self._next(None, lambda: [self.selection.with_selected(rest)])
         return self._finish(stage, 0)
 
     def _finish(self, stage: Stage, done: int) -> Any:
@@ -263,98 +227,6 @@ class StagedForward:
             self.backend.failure.__traceback__ = None  # its frames hold the tensors of this pass
         if not self.tools.consensus.agree(failure is None, digest):
             raise Decline(failure or "ranks_disagree", "one rank failed, or the selected rows differ")
-
-    # ------------------------------------------------------------------ select
-
-    def _deviations(self) -> list[torch.Tensor | None]:
-        """Per plan, float32 [n]: mean of 1 - cosine over the KV heads of all ranks, equal on all of them.
-
-        A collective: a rank whose measurement failed takes part with zeros, and is found out by the agreement after it.
-        """
-        probe = self.backend.deviation
-        if probe is None:
-            return [None] * len(self.plans)
-        heads = probe.distance_sum.new_full((1,), probe.heads)
-        packed = _sum_over_ranks(torch.cat((probe.distance_sum, heads)))
-        deviation = packed[:-1] / packed[-1]
-        counts = [sum(s.length for s in self.layout.approximate(i)) for i in range(len(self.plans))]
-        return list(deviation.split(counts))
-
-    def _influence(self, collected: Influence) -> list[torch.Tensor | None]:
-        """Per plan, float32 [n]: what the donors' tokens received while they were decoded, over the heads of all ranks;
-        NaN for those without. A collective."""
-        spans = [self.layout.approximate(i) for i in range(len(self.plans))]
-        slots = [s.slots for of_plan in spans for s in of_plan if s.slots is not None]
-        if not slots:
-            return [None] * len(self.plans)
-        scores = _sum_over_ranks(collected.of(torch.cat(slots).to(self.layout.device)))
-        return list(scores.split([sum(s.length for s in of_plan) for of_plan in spans]))
-
-    def _attention_scores(self) -> list[torch.Tensor | None]:
-        """Per plan, float32 [n]: the probe's scores over the heads of all ranks; None for plans that do not end here.
-
-        A collective, as ``_deviations``."""
-        signals: list[torch.Tensor | None] = [None] * len(self.plans)
-        scores = [] if self.backend.probe is None else self.backend.probe.scores.totals()
-        if scores:
-            parts = _sum_over_ranks(torch.cat(scores)).split([s.numel() for s in scores])
-            for (number, _), part in zip(self.probing.asked, parts, strict=True):
-                signals[number] = part
-        return signals
-
-    def _with_selected(self, rows: np.ndarray, signals: list[torch.Tensor | None]) -> np.ndarray:
-        """``rows`` and the rows that the policy selects; its work is counted. Here, and nowhere else, the host waits
-        for the device, once for all plans."""
-        policy, layout = self.policy, self.layout
-        probe = self.backend.deviation
-        if probe is not None and not probe.measured:
-            raise RuntimeError(f"layer {probe.layer} did not report its values")
-        active = np.zeros(len(layout.positions), dtype=bool)
-        active[rows] = True
-        asked = []
-        for number, (plan, signal) in enumerate(zip(self.plans, signals, strict=True)):
-            spans = layout.approximate(number)
-            if not spans or (signal is None and policy.signal != "none"):
-                continue
-            view = replace(self._view(spans, signal), influence=self.influence[number])
-            asked.append((number, view, layout.rows_of(spans), policy.select(view, plan.budget)))
-        known = [~view.influence.isnan() for _, view, *_ in asked if view.influence is not None]
-        masks = read_back([keep for *_, keep in asked] + known)
-        for (number, *_), has_influence in zip(asked, masks[len(asked) :], strict=False):
-            self.known[number] = int(has_influence.sum())
-        for (number, view, reused, _), keep in zip(asked, masks, strict=False):
-            chosen = reused[keep]
-            if policy.interpolates:
-                self._interpolate(view, reused, keep)
-            active[chosen] = True
-            self.selected[number] = len(chosen)
-            self.work[number] += len(chosen) * (policy.until - policy.whole)
-        return np.flatnonzero(active)
-
-    def _interpolate(self, view: PromptView, rows: np.ndarray, keep: np.ndarray) -> None:
-        """Carry what changes on the tokens of ``rows`` [n] that ``keep`` [n] selects over to the others of them."""
-        layout, pool = self.layout, self.runner.token_to_kv_pool
-        if parts := parts_of(view.offsets, keep):
-            at = layout.tensor(rows)
-            slots, positions = (t.index_select(0, at).long() for t in (layout.out_loc, layout.row_positions))
-            buffers = pool.k_buffer, pool.v_buffer
-            index = view.index.to(layout.device)
-            self.backend.interpolations.append(
-                Interpolation(parts, slots, positions, index, buffers, self.tools.rotary, self.tools.ops.carrier)
-            )
-
-    def _view(self, spans: list[Span], signal: torch.Tensor | None) -> PromptView:
-        offsets = np.concatenate(([0], np.cumsum([s.length for s in spans])))
-        index = np.concatenate([s.index + np.arange(s.length) for s in spans])
-        left = np.concatenate([s.end - s.positions for s in spans])
-        # What is chosen beforehand is chosen on the host.
-        tensor = torch.from_numpy if signal is None else self.layout.tensor
-        return PromptView(tuple(offsets.tolist()), tensor(index), tensor(left), signal)
-
-
-def _sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
-    group = get_parallel().tp_group
-    return values if group.world_size == 1 else group.all_reduce(values)
 
 
 def _audited(

@@ -132,6 +132,10 @@ class Layout:
         """int64: their rows, one span after another."""
         return np.concatenate([s.rows for s in spans]) if spans else np.empty(0, dtype=np.int64)
 
+    def donor_slots(self, spans: list[Span]) -> torch.Tensor:
+        """int64, on the batch's device: where the KV of their donors lies, one span after another."""
+        return torch.cat([s.slots for s in spans if s.slots is not None]).to(self.device)
+
     def per_request(self, rows: np.ndarray) -> np.ndarray:
         """int64 [requests]: how many of the ascending ``rows`` each request has."""
         return np.diff(np.searchsorted(rows, self.starts))

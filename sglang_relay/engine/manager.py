@@ -36,9 +36,9 @@ if TYPE_CHECKING:
 
     from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
 
-    from sglang_relay.engine.forward import Work
     from sglang_relay.engine.hidden import HiddenStates
     from sglang_relay.engine.influence import Influence
+    from sglang_relay.engine.selection import Work
     from sglang_relay.engine.tools import ForwardTools
     from sglang_relay.engine.tree import RelayCache
 
