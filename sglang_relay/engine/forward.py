@@ -7,29 +7,24 @@ whose logits are read go beyond K and V.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from sglang.srt.model_executor.model_runner import ModelRunnerOutput
 
-from sglang_relay.engine.audit import AUDITED, divergence
 from sglang_relay.engine.backend import RelayAttentionBackend
-from sglang_relay.engine.consensus import digest_of
 from sglang_relay.engine.layout import Layout
 from sglang_relay.engine.probing import ProbePass
 from sglang_relay.engine.selection import Selection, Work
 from sglang_relay.engine.stage import Stage
 from sglang_relay.engine.tools import ForwardTools
 from sglang_relay.plan import Decline
-from sglang_relay.transfer import on_device
 
 if TYPE_CHECKING:
     from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 
-    from sglang_relay.engine.manager import BatchPlan, RelayManager
+    from sglang_relay.engine.manager import BatchPlan
 
 
 class StagedForward:
@@ -227,74 +222,3 @@ class StagedForward:
             self.backend.failure.__traceback__ = None  # its frames hold the tensors of this pass
         if not self.tools.consensus.agree(failure is None, digest):
             raise Decline(failure or "ranks_disagree", "one rank failed, or the selected rows differ")
-
-
-def _audited(
-    original: Any, relay: RelayManager, planned: BatchPlan, relayed: Any, runner: Any, batch: Any, *args, **kwargs
-) -> ModelRunnerOutput:
-    """The stock forward of the whole batch, after the relayed one, whose distributions it judges."""
-    rows = on_device(np.array([planned.plans[i].row for i in planned.audits]), batch.out_cache_loc.device)
-    guess = relayed.next_token_logits.index_select(0, rows)
-    planned.fell_back = AUDITED
-    output = original(runner, batch, *args, **kwargs)
-
-    def measured() -> list[float]:
-        return divergence(guess, output.logits_output.next_token_logits.index_select(0, rows))
-
-    relay.record_audits(planned, measured)
-    return output
-
-
-def relay_forward(
-    original: Any,
-    relay: RelayManager,
-    tools: ForwardTools,
-    planned: BatchPlan,
-    runner: Any,
-    batch: Any,
-    *args,
-    **kwargs,
-) -> ModelRunnerOutput:
-    """ModelRunner.forward of a planned batch; the stock forward of the whole batch after any host failure.
-
-    The stock forward writes K and V of every extended row itself, so whatever was placed before is overwritten.
-    """
-    began = time.perf_counter()
-    watch = None if relay.costs is None else relay.costs.start(runner.device)
-    staged = StagedForward(tools, batch, planned)
-    reason, step = None, "prepare"
-    try:
-        staged.prepare()
-        step = "place"
-        staged.place()
-    except Decline as decline:
-        reason = decline.reason
-        relay.log_once(reason, str(decline))
-    except Exception as error:
-        reason = relay.failure(step, error)
-    placed = time.perf_counter()
-    if relay.consensus.agree(reason is None, digest_of(len(planned.plans), staged.entered)):
-        try:
-            with torch.no_grad():
-                logits, work = staged.run()
-        except Decline as decline:
-            reason = decline.reason
-            relay.log_once(reason, str(decline))
-        except Exception as error:
-            reason = relay.failure("forward", error)
-        else:
-            if planned.audits:
-                del staged  # the stock forward needs its memory
-                return _audited(original, relay, planned, logits, runner, batch, *args, **kwargs)
-            runner.forward_pass_id += 1
-            relay.count_work(planned, work)
-            relay.stats.place_seconds += placed - began
-            relay.stats.forward_seconds += time.perf_counter() - placed
-            relay.stats.batch()
-            if relay.costs is not None:
-                relay.costs.take_relayed(watch, batch, planned.policy, planned.plans, work)
-            return ModelRunnerOutput(logits_output=logits, can_run_graph=False)
-    del staged  # the stock forward needs its memory, the more so if that was what failed
-    planned.fell_back = reason or "ranks_disagree"
-    relay.stats.fallback()
-    return original(runner, batch, *args, **kwargs)

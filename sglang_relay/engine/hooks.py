@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from sglang.srt.plugins.hook_registry import HookRegistry, HookSource, HookType
 
 from sglang_relay.engine.adder import adder_class
-from sglang_relay.engine.forward import relay_forward
+from sglang_relay.engine.fallback import relay_forward
 from sglang_relay.engine.manager import BatchPlan, RelayManager
 from sglang_relay.engine.report import streamer_class
 
