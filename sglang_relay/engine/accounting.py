@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from sglang_relay.engine.donors import tokens_of
 from sglang_relay.engine.requests import RelayRequest
 from sglang_relay.index import DepthMap
-from sglang_relay.plan import RelayPlan, Segment
+from sglang_relay.plan import Placed, RelayPlan, Segment
 from sglang_relay.policies import Policy
 
 if TYPE_CHECKING:
@@ -85,6 +85,20 @@ def count_fallback(req: Req, state: RelayRequest, plan: RelayPlan, policy: Polic
         state.report[_kind(s, policy)] -= inside
         state.report["fresh"] += inside
         state.report["segments"] -= not s.exact
+
+
+def note_pending(state: RelayRequest, plan: RelayPlan, policy: Policy) -> None:
+    """A probe needs the prompt's end: until it has run, what was placed waits, unpublished."""
+    if not policy.probes:
+        return
+    if plan.last:
+        state.pending = None
+        state.placed.clear()
+        return
+    placed = [Placed(s.start, s.stop, s.end, s.index) for s in plan.segments if not s.exact]
+    state.placed += placed
+    if state.pending is None and placed:
+        state.pending = placed[0].start
 
 
 def computed_spans(state: RelayRequest, prompt: int) -> list[tuple[int, int]]:

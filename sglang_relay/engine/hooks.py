@@ -135,11 +135,11 @@ class SchedulerHooks:
 
     def update_weights(self, original: Callable[..., Any], updater: Any, *args: Any, **kwargs: Any) -> Any:
         waiting = [*updater.scheduler.waiting_queue, *_grammar_queue(updater.scheduler)]
-        self.relay.on_weights(waiting, begin=True)
+        self.relay.learning.on_weights(waiting, begin=True)
         try:
             return original(updater, *args, **kwargs)
         finally:
-            self.relay.on_weights(waiting, begin=False)
+            self.relay.learning.on_weights(waiting, begin=False)
 
 
 def _grammar_queue(scheduler: Any) -> list[Any]:

@@ -1,4 +1,4 @@
-"""The relay of one scheduler process: match at admission, plan per chunk, learn at the end.
+"""The relay of one scheduler process: match at admission, plan per chunk, account for what ran.
 
 Everything here is a pure function of state that all tensor-parallel ranks hold alike; ``Consensus`` confirms it.
 A host failure is logged once, counted, and answered with the stock path.
@@ -11,24 +11,22 @@ import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from sglang.srt.managers.schedule_batch import FINISH_ABORT
-
 from sglang_relay.breaker import Band
 from sglang_relay.budget import Budget
 from sglang_relay.config import RelayConfig
-from sglang_relay.engine.accounting import begin_chunk, computed_spans, count_chunk, count_fallback
+from sglang_relay.engine.accounting import begin_chunk, count_chunk, count_fallback, note_pending
 from sglang_relay.engine.audit import BREAKER_OPEN, Auditor
 from sglang_relay.engine.consensus import Consensus, digest_of
 from sglang_relay.engine.costing import Costs
-from sglang_relay.engine.donors import EXACT_PREFIX, Donors, Held, tokens_of
+from sglang_relay.engine.donors import EXACT_PREFIX, Donors, Held
 from sglang_relay.engine.guards import batch_reason, request_reason
+from sglang_relay.engine.learning import Learning
 from sglang_relay.engine.matching import Matcher
 from sglang_relay.engine.namespaces import Namespaces, Tenant
 from sglang_relay.engine.planning import Planner
 from sglang_relay.engine.report import REPORT_KEY, Stats
 from sglang_relay.engine.requests import Controls, RelayRequest, new_report, read_controls, relay_of
-from sglang_relay.index import ContentIndex, DepthMap
-from sglang_relay.plan import Candidate, Decline, Placed, RelayPlan
+from sglang_relay.plan import Candidate, Decline, RelayPlan
 from sglang_relay.policies import Policy, make_policies
 
 if TYPE_CHECKING:
@@ -43,9 +41,6 @@ if TYPE_CHECKING:
     from sglang_relay.engine.tree import RelayCache
 
 logger = logging.getLogger(__name__)
-
-_DEPTH_MARKS = 1 << 18
-"""Paths whose approximation depth is remembered."""
 
 
 @dataclass(slots=True, eq=False)
@@ -88,23 +83,19 @@ class RelayManager:
         self.config = config
         self.tree = tree
         self.consensus = consensus
-        self.isolated = isolated
         self.unsupported = unsupported
-        self.namespaces = Namespaces(secret)
+        self.namespaces = Namespaces(secret, isolated)
         self.stats = Stats()
-        self.index = ContentIndex(
+        self.learning = learning = Learning(
+            config,
+            self.namespaces,
+            self.stats,
+            self.failure,
             base=base,
-            window=config.window,
-            stride=config.stride,
-            min_run=config.min_segment,
-            max_bytes=config.index_bytes,
-            max_runs=2 * config.max_segments,
+            page=tree.page_size,
+            unsupported=unsupported,
         )
-        self.depths = DepthMap(base, max_entries=_DEPTH_MARKS)
-        self.learnt = 0
-        """Changes of the index so far: pieces chosen at an older count may have become better."""
-        self._restarts = 0
-        self.donors = Donors(tree, self.index)
+        self.donors = Donors(tree, learning.index)
         self.influence: Influence | None = None
         self.influence_missing = "off"
         """Why there is none."""
@@ -116,7 +107,7 @@ class RelayManager:
         if config.cost_model and not unsupported:
             queries = config.probe_queries
             self.costs = Costs(consensus, self.failure, layers=num_layers, chunk=chunk, probe_queries=queries)
-        self.matcher = Matcher(config, self.index, self.donors, self.depths, self.namespaces, self.costs)
+        self.matcher = Matcher(config, learning.index, self.donors, learning.depths, self.namespaces, self.costs)
         self.layers = config.resolve_layer_range(num_layers)
         self._num_layers = num_layers
         self._policies = make_policies(config, num_layers)
@@ -189,12 +180,9 @@ class RelayManager:
             return f"unsupported:{self.unsupported[0]}"
         if mode != "on":
             return {"off": "relay_off", "exact": "exact_requested"}[mode]
-        if self._unscoped(tenant):
+        if self.namespaces.unscoped(tenant):
             return "no_cache_salt"
         return request_reason(req, has_multimodal)
-
-    def _unscoped(self, tenant: Tenant) -> bool:
-        return self.isolated and tenant.salt is None and tenant.scope is None
 
     # ------------------------------------------------------------------ match
 
@@ -212,7 +200,7 @@ class RelayManager:
             return None
         if req.prefix_len == state.reached and any(p.stop > state.reached for p in state.pieces):
             return state
-        if state.pieces_version == self.learnt and req.prefix_len in (state.pieces_from, state.reached):
+        if state.pieces_version == self.learning.version and req.prefix_len in (state.pieces_from, state.reached):
             return state
         began = time.perf_counter()
         pieces: list[Candidate] = []
@@ -226,22 +214,15 @@ class RelayManager:
             pieces = []
             self._decline(state, failed or "ranks_disagree")
             if vote.ok:
-                self._start_over()
+                self.learning.start_over()
         if any(p.donor != EXACT_PREFIX for p in pieces) and not self.auditor.admits(state):
             pieces = [p for p in pieces if p.donor == EXACT_PREFIX]
             state.shortfall = BREAKER_OPEN
-        state.pieces, state.pieces_version, state.pieces_from = pieces, self.learnt, req.prefix_len
+        state.pieces, state.pieces_version, state.pieces_from = pieces, self.learning.version, req.prefix_len
         elapsed = time.perf_counter() - began
         state.report["match_ms"] = round(state.report["match_ms"] + 1e3 * elapsed, 3)
         self.stats.match_seconds += elapsed
         return state
-
-    def _start_over(self) -> None:
-        """All ranks found something, but not the same: their indices differ. Empty on all of them, with ids that none
-        has given out, they are alike again."""
-        self._restarts += 1
-        self.index.clear(first_id=self._restarts << 40)
-        self.learnt += 1
 
     # ------------------------------------------------------------------ plan
 
@@ -257,7 +238,7 @@ class RelayManager:
         try:
             for req, state in zip(batch.reqs, states, strict=True):
                 if state is not None:
-                    begin_chunk(req, state, self.depths)
+                    begin_chunk(req, state, self.learning.depths)
         except Exception as error:
             self.failure("report", error)
         planned = self._agreed_plan(batch, states) if any(s is not None and s.relays for s in states) else None
@@ -330,34 +311,13 @@ class RelayManager:
                     count_fallback(req, state, plan, planned.policy)
                     self._decline(state, planned.fell_back)
                 elif not planned.policy.exact:
-                    self._mark_depth(req, state, plan)
-                    self._note_pending(state, plan, planned.policy)
+                    self.learning.mark_depth(req, state, plan)
+                    note_pending(state, plan, planned.policy)
         except Exception as error:
             self.failure("finish", error)
         finally:
             self.donors.release(planned.held)
             self._outstanding = None
-
-    def _mark_depth(self, req: Req, state: RelayRequest, plan: RelayPlan) -> None:
-        approximate = [s for s in plan.segments if not s.exact]
-        if approximate:
-            state.depth = max(state.depth, 1 + max(s.depth for s in approximate))
-            state.report["depth"] = state.depth
-            self.depths.mark(req.extra_key, tokens_of(req), approximate[0].start, state.depth)
-
-    @staticmethod
-    def _note_pending(state: RelayRequest, plan: RelayPlan, policy: Policy) -> None:
-        """A probe needs the prompt's end: until it has run, what was placed waits, unpublished."""
-        if not policy.probes:
-            return
-        if plan.last:
-            state.pending = None
-            state.placed.clear()
-            return
-        placed = [Placed(s.start, s.stop, s.end, s.index) for s in plan.segments if not s.exact]
-        state.placed += placed
-        if state.pending is None and placed:
-            state.pending = placed[0].start
 
     def record_audits(self, planned: BatchPlan, measured: Callable[[], list[float]]) -> None:
         """The exact answer of an audited batch is served; ``measured`` says how far the relayed one was from it."""
@@ -387,67 +347,6 @@ class RelayManager:
                     report["influence"] = "used"
                 report["cost"] = round(state.layers / max(1, state.reused * self._num_layers), 4)
             self.stats.repaired(done.selected + (reused if planned.policy.exact else 0))
-
-    # ------------------------------------------------------------------ learn
-
-    def learn(self, req: Req, up_to: int) -> None:
-        """The tree now holds ``[0, up_to)`` of a finished request: offer its decoded span, or all that it computed."""
-        state = relay_of(req)
-        if state is None or not self._may_donate(state) or isinstance(req.finished_reason, FINISH_ABORT):
-            return
-        if state.pending is not None:
-            return  # never repaired, and so never published
-        began = time.perf_counter()
-        self.learnt += 1  # before anything can fail: ranks must match again at the same requests
-        try:
-            page, prompt = self.tree.page_size, len(req.origin_input_ids)
-            tokens = tokens_of(req)[: up_to // page * page]
-            spans = [(prompt, len(tokens))]
-            if state.controls.donate == "all":
-                spans = computed_spans(state, prompt) + spans
-            for start, end in spans:
-                self._learn_span(req, state, tokens, start, min(end, len(tokens)))
-        except Exception as error:
-            self.failure("learn", error)
-        self.stats.learn_seconds += time.perf_counter() - began
-
-    def _learn_span(self, req: Req, state: RelayRequest, tokens, start: int, stop: int) -> None:
-        if stop - start < self.config.min_segment:
-            return
-        depth = self.depths.depth(req.extra_key, tokens, stop) if state.relays else 0
-        if depth < self.config.max_depth:
-            self.index.learn(state.tenant, req.extra_key, tokens, start, stop, depth)
-
-    def _may_donate(self, state: RelayRequest) -> bool:
-        if self.unsupported or state.controls.donate == "none" or state.epoch != self.namespaces.epoch:
-            return False
-        if not state.relays and not self.namespaces.exact_is_current:
-            return False  # its path may hold KV of older weights, which an insert of equal tokens keeps
-        return not self._unscoped(state.tenant)
-
-    def on_flush(self) -> None:
-        """The tree was reset: no donor's KV is left."""
-        self.index.clear()
-        self.depths.clear()
-        self.learnt += 1
-        self.namespaces.exact_is_current = True
-
-    def on_weights(self, waiting: list[Req], *, begin: bool) -> None:
-        """Weights are about to change (``begin``) or have changed: nothing learnt before is found again.
-
-        SGLang does not always flush then (``flush_cache=False``), and a busy flush fails after the weights changed.
-        """
-        self.namespaces.epoch += 1
-        self.index.clear()
-        self.learnt += 1
-        if begin:
-            self.namespaces.exact_is_current = False
-        for req in waiting:
-            state = relay_of(req)
-            if state is not None and not req.kv.holds_kv:
-                state.epoch = self.namespaces.epoch
-                if state.relays:
-                    req.extra_key = self.namespaces.key(state.tenant, state.controls.tier)
 
     # ------------------------------------------------------------------ failures
 

@@ -32,14 +32,19 @@ def new_secret() -> str:
 class Namespaces:
     """Keys of the relay namespaces. ``epoch`` counts weight changes, so KV of other weights is never found again.
 
-    ``exact_is_current``: the exact namespace holds KV of the current weights only (false between a weight update and
-    the next flush).
+    ``isolated``: only tenants that name a salt or a scope donate and relay. ``exact_is_current``: the exact namespace
+    holds KV of the current weights only (false between a weight update and the next flush).
     """
 
     secret: str
+    isolated: bool = False
     epoch: int = 0
     exact_is_current: bool = True
     _tiers: dict[str, None] = field(default_factory=dict)
+
+    def unscoped(self, tenant: Tenant) -> bool:
+        """Whether ``tenant`` names neither salt nor scope where one is asked for."""
+        return self.isolated and tenant.salt is None and tenant.scope is None
 
     def note_tier(self, tier: str) -> None:
         """Remember that requests of ``tier`` exist; the oldest is forgotten beyond ``MAX_TIERS``."""

@@ -218,7 +218,7 @@ def _state(relay: Any, hooks: list[Any], isolated: bool, settings: dict[str, Any
         "graph_passes": None if relay.config.graphs == "off" else replayed,
         "kernels": None if tools is None or relay.unsupported else tools.ops.names(),
         "weight_epoch": relay.namespaces.epoch,
-        "index": relay.index.stats(),
+        "index": relay.learning.index.stats(),
         "settings": settings,
         "default_tier": relay.default_tier,
         "audit": relay.auditor.breakers.as_dict(),

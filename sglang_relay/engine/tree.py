@@ -45,9 +45,9 @@ class RelayCache(UnifiedRadixCache):
                 req, up_to, lambda: super(RelayCache, self).checkpoint_into_tree(req, up_to=up_to, **kwargs)
             )
         if self.relay is not None and req.finished():
-            self.relay.learn(req, up_to)
+            self.relay.learning.learn(req, up_to)
 
     def reset(self) -> None:
         super().reset()
         if self.relay is not None:
-            self.relay.on_flush()
+            self.relay.learning.on_flush()
