@@ -97,7 +97,7 @@ def test_slots_that_fall_or_swap_inside_their_ends_are_no_run() -> None:
 
 
 def test_blocks_beyond_the_first() -> None:
-    n = 3 * BLOCK_ROWS
+    n = 12 * BLOCK_ROWS
     positions = sorted(set(range(0, n, 2)) | set(range(100, 350)))
     check([(positions, shuffled(n))], heads=2, kv_heads=1, dim=8, v_dim=8)
 

@@ -14,8 +14,11 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from sglang_relay.transfer import on_device
 
-BLOCK_ROWS = 128
-"""Query rows per masked call: large enough to amortise the call, small enough to skip most keys above the diagonal."""
+BLOCK_ROWS = 32
+"""Query rows per masked call on a CPU, whose kernel takes as many at a time: scattered rows lie far apart, so the fewer
+there are in a block, the more keys above the diagonal are skipped."""
+DEVICE_BLOCK_ROWS = 128
+"""The same elsewhere, where a call costs a launch and a kernel's tiles are larger."""
 
 
 class Sequence(NamedTuple):
@@ -100,8 +103,9 @@ def _blocks(seen: np.ndarray, first: int, dtype: torch.dtype, device: torch.devi
     lead = int(np.searchsorted(seen != np.arange(1, count + 1), True)) if count else 0
     if lead:
         blocks.append(_Block(first, lead, lead, None, True))
-    for low in range(lead, count, BLOCK_ROWS):
-        part = seen[low : low + BLOCK_ROWS]
+    most = BLOCK_ROWS if device.type == "cpu" else DEVICE_BLOCK_ROWS
+    for low in range(lead, count, most):
+        part = seen[low : low + most]
         last = int(part[-1])
         mask = None
         if len(part) > 1:

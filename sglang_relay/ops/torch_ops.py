@@ -41,26 +41,27 @@ class TorchDeviation:
 
 
 class _Prompt(NamedTuple):
-    """rows: int64 [q]. slots: int64 [m]. hidden: bool [q, m], keys that a query must not see. wanted: int64 [n], which
-    of the m keys are scored."""
+    """rows: int64 [q]. slots: int64 [m]. seen: every query sees as many of the first keys. hidden: bool [q, m - seen],
+    which of the others a query must not see. wanted: int64 [n], which of the m keys are scored."""
 
     rows: torch.Tensor
     slots: torch.Tensor
+    seen: int
     hidden: torch.Tensor
     wanted: torch.Tensor
 
 
+def _planned(prompt: ProbeQueries, device: torch.device) -> _Prompt:
+    hidden = prompt.keys[None, :] > prompt.positions[:, None]
+    seen = hidden.shape[1] - int(np.count_nonzero(hidden.any(0)))  # keys ascend
+    wanted = np.searchsorted(prompt.keys, prompt.wanted)
+    rows, hidden, wanted = (on_device(values, device) for values in (prompt.rows, hidden[:, seen:], wanted))
+    return _Prompt(rows, prompt.slots, seen, hidden, wanted)
+
+
 class TorchProbeScores:
     def __init__(self, prompts: list[ProbeQueries], device: torch.device) -> None:
-        self._prompts = [
-            _Prompt(
-                on_device(p.rows, device),
-                p.slots,
-                on_device(p.keys[None, :] > p.positions[:, None], device),
-                on_device(np.searchsorted(p.keys, p.wanted), device),
-            )
-            for p in prompts
-        ]
+        self._prompts = [_planned(p, device) for p in prompts]
         self._totals = [torch.zeros(len(p.wanted), dtype=torch.float32, device=device) for p in prompts]
 
     def add(
@@ -82,12 +83,14 @@ class TorchProbeScores:
 def _scores(
     prompt: _Prompt, query: torch.Tensor, key_buffer: torch.Tensor, value_buffer: torch.Tensor, scaling: float
 ) -> torch.Tensor:
-    kv_heads = key_buffer.shape[1]
-    q = query.index_select(0, prompt.rows).unflatten(1, (kv_heads, -1)).permute(1, 2, 0, 3)
+    kv_heads, queries = key_buffer.shape[1], len(prompt.rows)
+    group = query.shape[1] // kv_heads
+    # The heads of a group are rows of one product: as a batch they would each get a copy of the keys.
+    q = query.index_select(0, prompt.rows).unflatten(1, (kv_heads, group)).permute(1, 2, 0, 3).flatten(1, 2)
     key = key_buffer.index_select(0, prompt.slots).to(q.dtype).permute(1, 2, 0)
-    logits = torch.matmul(q, key[:, None]).float() * scaling  # [kv_heads, group, q, m]
-    logits.masked_fill_(prompt.hidden, float("-inf"))
-    mass = torch.softmax(logits, -1).index_select(-1, prompt.wanted).sum((1, 2))  # [kv_heads, n]
+    logits = torch.bmm(q, key).float().mul_(scaling).unflatten(1, (group, queries))  # [kv_heads, group, q, m]
+    logits[..., prompt.seen :].masked_fill_(prompt.hidden, float("-inf"))
+    mass = torch.softmax(logits, -1).sum((1, 2)).index_select(-1, prompt.wanted)  # [kv_heads, n]
     value = value_buffer.index_select(0, prompt.slots.index_select(0, prompt.wanted))
     return (mass * value.float().norm(dim=-1).T).sum(0)
 
