@@ -23,9 +23,25 @@ import torch
 from sglang_relay_kernels import (  # pyright: ignore[reportMissingImports]
     deviation,
     influence,
-    interpolation,
     probe_scores,
     scattered_attention,
+)
+from sglang_relay_kernels.interpolation_carry import (  # pyright: ignore[reportMissingImports]
+    carry_rows,
+    reference_carry,
+)
+from sglang_relay_kernels.interpolation_changes import (  # pyright: ignore[reportMissingImports]
+    change_rows,
+    reference_change,
+    save_rows,
+)
+from sglang_relay_kernels.interpolation_looks import look_rows, reference_look  # pyright: ignore[reportMissingImports]
+from sglang_relay_kernels.interpolation_plan import (  # pyright: ignore[reportMissingImports]
+    Plan,
+    Rows,
+    launch_options,
+    padded_width,
+    plan_items,
 )
 from sglang_relay_kernels.kv_table import KVTable, kv_table  # pyright: ignore[reportMissingImports]
 from sglang_relay_kernels.realign import realign  # pyright: ignore[reportMissingImports]
@@ -176,12 +192,12 @@ def check_selection(pool: Pool, device: torch.device) -> None:
 
 def interpolation_plan(
     pool: Pool, sizes: list[tuple[int, int]], device: torch.device
-) -> tuple[interpolation.Plan, list[tuple[Tensor, Tensor, Tensor]]]:
-    """A plan of random weights, and its parts as `interpolation.reference_carry` takes them."""
+) -> tuple[Plan, list[tuple[Tensor, Tensor, Tensor]]]:
+    """A plan of random weights, and its parts as `reference_carry` takes them."""
     kept, chosen = (sum(column) for column in zip(*sizes, strict=True))
     slots = distinct(kept + chosen, pool.slots, 6).to(device)
-    some, others = (interpolation.Rows(s, *factors(len(s), device)) for s in slots.split([kept, chosen]))
-    weights = torch.zeros(kept, interpolation.padded_width(max(m for _, m in sizes)), dtype=DTYPE, device=device)
+    some, others = (Rows(s, *factors(len(s), device)) for s in slots.split([kept, chosen]))
+    weights = torch.zeros(kept, padded_width(max(m for _, m in sizes)), dtype=DTYPE, device=device)
     parts = []
     for rows, cols in zip(
         torch.arange(kept, device=device).split([u for u, _ in sizes]),
@@ -191,26 +207,26 @@ def interpolation_plan(
         part = torch.randn(len(rows), len(cols), device=device).to(DTYPE) / len(cols)
         weights[rows, : len(cols)] = part
         parts.append((rows, cols, part))
-    options = interpolation.launch_options(pool.table.keys[0], pool.table.values[0], **ROTARY)
-    items = torch.from_numpy(interpolation.plan_items(sizes, options["carry"]["BLOCK_KEPT"])).to(device)
-    return interpolation.Plan(some, others, weights, items, options), parts
+    options = launch_options(pool.table.keys[0], pool.table.values[0], **ROTARY)
+    items = torch.from_numpy(plan_items(sizes, options["carry"]["BLOCK_KEPT"])).to(device)
+    return Plan(some, others, weights, items, options), parts
 
 
 def check_interpolation(pool: Pool, device: torch.device) -> None:
     layers = list(zip(pool.table.keys, pool.table.values, strict=True))
     plan, parts = interpolation_plan(pool, [(410, 102), (3, 1), (1, 70)], device)
-    looks = interpolation.look_rows(layers, plan.kept, **ROTARY)
-    close("interpolation looks", looks, interpolation.reference_look(layers, plan.kept, **ROTARY), 1e-5)
-    before = interpolation.save_rows(plan, *layers[0])
+    looks = look_rows(layers, plan.kept, **ROTARY)
+    close("interpolation looks", looks, reference_look(layers, plan.kept, **ROTARY), 1e-5)
+    before = save_rows(plan, *layers[0])
     for (keys, values), following in zip(layers, [*layers[1:], None], strict=True):
         for got, buffer in zip(before, (keys, values), strict=True):
             close("interpolation rows kept", got, buffer[plan.chosen.slots], 0.0)
             buffer[plan.chosen.slots] += torch.randn_like(got)
-        change, after = interpolation.change_rows(plan, keys, values, before, following)
-        want = interpolation.reference_change(keys, values, before, plan.chosen, **ROTARY)
+        change, after = change_rows(plan, keys, values, before, following)
+        want = reference_change(keys, values, before, plan.chosen, **ROTARY)
         close("interpolation changes", change, want, 2.0**-5)
-        expected = interpolation.reference_carry(keys, values, change, parts, plan.kept, **ROTARY)
-        interpolation.carry_rows(plan, keys, values, change)
+        expected = reference_carry(keys, values, change, parts, plan.kept, **ROTARY)
+        carry_rows(plan, keys, values, change)
         for kind, buffer, value in zip("KV", (keys, values), expected, strict=True):
             close(f"interpolation {kind}", buffer[plan.kept.slots], value, 2.0**-5)
         before = after or before
@@ -366,27 +382,27 @@ def time_interpolation(pool: Pool, n: int, device: torch.device) -> list[Row]:
     u, m = n // count - n // count // 5, n // count // 5
     plan, _ = interpolation_plan(pool, [(u, m)] * count, device)
     first, second, third = list(zip(pool.table.keys, pool.table.values, strict=True))[:3]
-    before = interpolation.save_rows(plan, *first)
-    change, _ = interpolation.change_rows(plan, *first, before, second)
+    before = save_rows(plan, *first)
+    change, _ = change_rows(plan, *first, before, second)
     elements, row_bytes = 2 * KV_HEADS * DIM, pool.table.row_bytes
     kept, chosen, turned = count * u, count * m, KV_HEADS * DIM
     rows = []
     for name, run, moved, flops in (
         (
             "interpolation change",
-            lambda: interpolation.change_rows(plan, *first, before, second),
+            lambda: change_rows(plan, *first, before, second),
             5 * chosen * row_bytes,
             (elements + 3 * turned) * chosen,
         ),
         (
             "interpolation carry",
-            lambda: interpolation.carry_rows(plan, *first, change),
+            lambda: carry_rows(plan, *first, change),
             2 * kept * row_bytes + chosen * row_bytes + plan.weights.numel() * DTYPE.itemsize,
             2 * kept * m * elements + 3 * turned * kept,
         ),
         (
             "interpolation looks",
-            lambda: interpolation.look_rows([first, second, third], plan.kept, **ROTARY),
+            lambda: look_rows([first, second, third], plan.kept, **ROTARY),
             3 * kept * (2 * row_bytes + 4 * elements),
             3 * (3 * elements + 3 * turned) * kept,
         ),

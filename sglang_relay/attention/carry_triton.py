@@ -1,18 +1,17 @@
-"""Interpolation on the Triton kernels of `sglang_relay_kernels.interpolation`: two launches per layer."""
+"""Interpolation on the Triton kernels of `sglang_relay_kernels.interpolation_*`: two launches per layer."""
 
 from __future__ import annotations
 
 import torch
-from sglang_relay_kernels.interpolation import (  # pyright: ignore[reportMissingImports]
+from sglang_relay_kernels.interpolation_carry import carry_rows  # pyright: ignore[reportMissingImports]
+from sglang_relay_kernels.interpolation_changes import change_rows, save_rows  # pyright: ignore[reportMissingImports]
+from sglang_relay_kernels.interpolation_looks import look_rows  # pyright: ignore[reportMissingImports]
+from sglang_relay_kernels.interpolation_plan import (  # pyright: ignore[reportMissingImports]
     Plan,
     Rows,
-    carry_rows,
-    change_rows,
     launch_options,
-    look_rows,
     padded_width,
     plan_items,
-    save_rows,
 )
 
 from sglang_relay.attention.interpolation import Carried, Layer, Rotation, Tokens, Weights

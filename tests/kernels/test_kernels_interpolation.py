@@ -8,7 +8,30 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sglang_relay_kernels import interpolation as ip  # pyright: ignore[reportMissingImports]
+from sglang_relay_kernels.interpolation_carry import (  # pyright: ignore[reportMissingImports]
+    carry_kernel,
+    carry_rows,
+    reference_carry,
+)
+from sglang_relay_kernels.interpolation_changes import (  # pyright: ignore[reportMissingImports]
+    change_kernel,
+    change_rows,
+    reference_change,
+    save_rows,
+)
+from sglang_relay_kernels.interpolation_looks import (  # pyright: ignore[reportMissingImports]
+    look_kernel,
+    look_rows,
+    reference_look,
+)
+from sglang_relay_kernels.interpolation_plan import (  # pyright: ignore[reportMissingImports]
+    DTYPES,
+    Plan,
+    Rows,
+    launch_options,
+    padded_width,
+    plan_items,
+)
 from torch import Tensor
 from triton_ahead import CAPABILITIES, REGISTERS_PER_SM, SHARED_PER_SM, Built, build
 from triton_interpreter import interpreted
@@ -40,16 +63,16 @@ SHAPES = st.builds(
     ),
     *(st.sampled_from(x) for x in ([1, 2, 3], [1, 5, 8, 32], [0, 2, 16, 40], [1, 2, 3], [1, 8, 40, 64])),
     st.booleans(),
-    st.sampled_from(ip.DTYPES),
+    st.sampled_from(DTYPES),
 )
 SIZES = st.lists(st.tuples(st.integers(1, 70), st.integers(1, 40)), min_size=1, max_size=3).filter(
     lambda sizes: sum(map(sum, sizes)) <= SLOTS
 )
 
 
-def rows_at(slots: Tensor, shape: Shape, generator: torch.Generator) -> ip.Rows:
+def rows_at(slots: Tensor, shape: Shape, generator: torch.Generator) -> Rows:
     angle = torch.rand(len(slots), shape.rotary_dim // 2, generator=generator) * 131072
-    return ip.Rows(slots.contiguous(), angle.cos(), angle.sin())
+    return Rows(slots.contiguous(), angle.cos(), angle.sin())
 
 
 def layer(used: Tensor, shape: Shape, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -80,18 +103,18 @@ def check(sizes: list[tuple[int, int]], shape: Shape, seed: int = 0) -> None:
     slots = torch.randperm(SLOTS, generator=generator)
     kept, chosen = (rows_at(s, shape, generator) for s in (slots[:u], slots[u : u + m]))
     layers = [layer(slots[: u + m], shape, generator) for _ in range(3)]
-    options = ip.launch_options(*layers[0], **shape.rotary)
-    width = ip.padded_width(max((m for _, m in sizes), default=0))
+    options = launch_options(*layers[0], **shape.rotary)
+    width = padded_width(max((m for _, m in sizes), default=0))
     weights = torch.full((u, width), 7.0, dtype=shape.dtype)  # no part may see what is behind its own
     parts, some, others = [], 0, 0
     for a, b in sizes:
         weights[some : some + a, :b] = torch.randn(a, b, generator=generator) / b
         parts.append((torch.arange(some, some + a), torch.arange(others, others + b), weights[some : some + a, :b]))
         some, others = some + a, others + b
-    items = torch.from_numpy(ip.plan_items(sizes, options["carry"]["BLOCK_KEPT"]))
-    plan = ip.Plan(kept, chosen, weights, items, options)
+    items = torch.from_numpy(plan_items(sizes, options["carry"]["BLOCK_KEPT"]))
+    plan = Plan(kept, chosen, weights, items, options)
     with interpreted():
-        before = ip.save_rows(plan, *layers[0])
+        before = save_rows(plan, *layers[0])
     for i, (keys, values) in enumerate(layers):
         for got, buffer in zip(before, (keys, values), strict=True):
             assert torch.equal(bits(got), bits(buffer[chosen.slots]))
@@ -99,12 +122,12 @@ def check(sizes: list[tuple[int, int]], shape: Shape, seed: int = 0) -> None:
         following = layers[i + 1] if i < 2 else None
         as_it_was = [buffer.clone() for pair in (layers[i], following or ()) for buffer in pair]
         with interpreted():
-            change, after = ip.change_rows(plan, keys, values, before, following)
+            change, after = change_rows(plan, keys, values, before, following)
         assert change.dtype == shape.dtype
-        near(change, ip.reference_change(keys, values, before, chosen, **shape.rotary), shape.dtype, 16.0)
-        want = ip.reference_carry(keys, values, change, parts, kept, **shape.rotary)
+        near(change, reference_change(keys, values, before, chosen, **shape.rotary), shape.dtype, 16.0)
+        want = reference_carry(keys, values, change, parts, kept, **shape.rotary)
         with interpreted():
-            ip.carry_rows(plan, keys, values, change)
+            carry_rows(plan, keys, values, change)
         untouched = torch.ones(SLOTS, dtype=torch.bool)
         untouched[kept.slots] = False
         for buffer, old, expected in zip((keys, values), as_it_was, want, strict=False):
@@ -135,7 +158,7 @@ def test_any_parts_and_shapes(sizes: list[tuple[int, int]], shape: Shape, seed: 
 
 
 @pytest.mark.parametrize("neox", [True, False])
-@pytest.mark.parametrize("dtype", ip.DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("dim", "rotary_dim"), [(64, 64), (80, 80), (128, 32), (256, 256)])
 def test_usual_head_dims(dim: int, rotary_dim: int, dtype: torch.dtype, neox: bool) -> None:
     check([(3, 2)], Shape(1, dim, rotary_dim, 1, dim, neox, dtype))
@@ -156,18 +179,18 @@ def test_looks(n: int, shape: Shape, count: int, seed: int) -> None:
     layers[0][1][slots[: n // 5]] = 0.0  # a token that looks like nothing
     rows = rows_at(slots, shape, generator)
     with interpreted():
-        got = ip.look_rows(layers, rows, **shape.rotary)
-    torch.testing.assert_close(got.double(), ip.reference_look(layers, rows, **shape.rotary), rtol=0, atol=2e-6)
+        got = look_rows(layers, rows, **shape.rotary)
+    torch.testing.assert_close(got.double(), reference_look(layers, rows, **shape.rotary), rtol=0, atol=2e-6)
 
 
 def test_what_no_kernel_serves_is_refused() -> None:
     keys, values = torch.zeros(2, 4, 2, 16).unbind()
     for case in ((keys, values.half()), (keys.double(), values.double()), (keys.transpose(0, 1), values)):
         with pytest.raises(ValueError):
-            ip.launch_options(*case, neox=True, rotary_dim=16)
+            launch_options(*case, neox=True, rotary_dim=16)
     for rotary_dim in (0, 7, 18):
         with pytest.raises(ValueError):
-            ip.launch_options(keys, values, neox=True, rotary_dim=rotary_dim)
+            launch_options(keys, values, neox=True, rotary_dim=rotary_dim)
 
 
 NAMES = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}
@@ -186,7 +209,7 @@ AHEAD = pytest.mark.parametrize(
 
 def compiled(name: str, dim: int, rotary_dim: int, dtype: torch.dtype, neox: bool, capability: int) -> Built:
     row = torch.zeros(1, 8, dim, dtype=dtype)
-    options = ip.launch_options(row, row, neox=neox, rotary_dim=rotary_dim)[name]
+    options = launch_options(row, row, neox=neox, rotary_dim=rotary_dim)[name]
     buffers = {"keys": NAMES[dtype], "values": NAMES[dtype]}
     if name == "change":
         names = ("k_before", "v_before", "change", "next_keys", "next_values", "k_after", "v_after")
@@ -198,7 +221,7 @@ def compiled(name: str, dim: int, rotary_dim: int, dtype: torch.dtype, neox: boo
     else:
         buffers |= {"change": NAMES[dtype], "weights": NAMES[dtype]}
         signature, numbers = FACTORS | {"items": "*i32", "weights_row": "i32"}, ("weights_row",)
-    kernel = {"change": ip.change_kernel, "look": ip.look_kernel, "carry": ip.carry_kernel}[name]
+    kernel = {"change": change_kernel, "look": look_kernel, "carry": carry_kernel}[name]
     aligned, stages = (*buffers, "cos", "sin", *numbers), 2 if name == "carry" else 3
     built = build(kernel, buffers | signature, options, capability, aligned=aligned, stages=stages)
     built.assert_no_spills()

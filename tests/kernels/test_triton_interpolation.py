@@ -10,7 +10,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sglang_relay_kernels import interpolation as kernels  # pyright: ignore[reportMissingImports]
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton.runtime.jit import JITFunction
@@ -94,7 +93,7 @@ def _other_parts(sizes: list[tuple[int, int]], block: int) -> np.ndarray:
     return items
 
 
-_PLANNED, _LAUNCH, _CHANGE = kernels.plan_items, kernels.launch_options, kernels.change_rows
+_PLANNED, _LAUNCH, _CHANGE = carry_triton.plan_items, carry_triton.launch_options, carry_triton.change_rows
 
 
 @pytest.mark.parametrize(
