@@ -1,12 +1,16 @@
-"""What every test finds in its environment, in whatever order the files run."""
+"""What every test finds in its environment, in whatever order the files run, and fixtures of several files."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
+from plugins import Inspector
+from reference import Reference
+from tiny_model import make_tiny_llama
 
 # SGLang's modules need a platform to be imported on a machine without an accelerator.
 if not torch.cuda.is_available():
@@ -25,3 +29,20 @@ def sglang_environment() -> Iterator[None]:
     for name in [k for k in os.environ if k.startswith("SGLANG_") and k not in before]:
         del os.environ[name]
     os.environ.update(before)
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny Llama as it comes; nobody may write to it. A file whose model is another has a fixture of its own."""
+    return make_tiny_llama(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="session")
+def reference(model: Path) -> Reference:
+    return Reference(model)
+
+
+@pytest.fixture(scope="module")
+def inspector(tmp_path_factory: pytest.TempPathFactory) -> Inspector:
+    """Of a module's server, which has to be started with its ``env``."""
+    return Inspector(tmp_path_factory.mktemp("inspector"))

@@ -54,11 +54,6 @@ class World:
 
 
 @pytest.fixture(scope="module")
-def inspector(tmp_path_factory: pytest.TempPathFactory) -> Inspector:
-    return Inspector(tmp_path_factory.mktemp("inspector"))
-
-
-@pytest.fixture(scope="module")
 def world(inspector: Inspector) -> Iterator[World]:
     model = ensure_model("smollm2-135m")
     tokenizer = AutoTokenizer.from_pretrained(model)

@@ -25,29 +25,17 @@ from test_against_reference import (
     far,
     log_probabilities,
 )
-from test_influence import with_influence
-from tiny_model import make_tiny_llama
+from test_influence import ARGS, with_influence
 
 from sglang_relay.measure.server import Server
 
 POLICY = Relay(det=3, end=4, tau_dev=1.5, suffix=10, start=2)
-ARGS = ("--radix-cache-backend", "relay", "--dtype", "float32")
 ENV = {
     "SGLANG_RELAY_ENTRY": "hidden",
     "SGLANG_RELAY_LAYER_RANGE": "2,3,4",
     "SGLANG_RELAY_COST_MODEL": "false",
     **NO_AUDIT,
 }
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_tiny_llama(tmp_path_factory.mktemp("tiny"))
-
-
-@pytest.fixture(scope="module")
-def reference(model: Path) -> Reference:
-    return Reference(model)
 
 
 class Hidden(World):
@@ -64,12 +52,9 @@ class Hidden(World):
 
 
 @pytest.fixture(scope="module")
-def world(model: Path, reference: Reference, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hidden]:
-    inspector = Inspector(tmp_path_factory.mktemp("inspector"))
+def world(model: Path, reference: Reference, inspector: Inspector) -> Iterator[Hidden]:
     with Server(model, *ARGS, "--max-total-tokens", 8192, env=ENV | inspector.env) as server:
-        made = Hidden(Setting("hidden", POLICY, ()), server, reference)
-        made.inspector = inspector  # type: ignore[attr-defined]
-        yield made
+        yield Hidden(Setting("hidden", POLICY, ()), server, reference)
 
 
 def expected_cost(world: Hidden, reused: int, selected: int, first: int) -> float:
@@ -105,9 +90,8 @@ def test_a_donor_that_entered_with_hidden_states_itself(world: Hidden) -> None:
     assert check(world, third)["depth"] == 2
 
 
-def test_without_a_state_the_batch_enters_at_the_embeddings(world: Hidden) -> None:
+def test_without_a_state_the_batch_enters_at_the_embeddings(world: Hidden, inspector: Inspector) -> None:
     prompt = world.prompt(CASES["three"])
-    inspector: Inspector = world.inspector  # type: ignore[attr-defined]
     piece = prompt.pieces[1]
     donor = world.donors[piece.donor]
     inspector.ask(world.server, "forget_hidden", tokens=donor.path[: piece.source + 7])

@@ -25,7 +25,6 @@ from test_against_reference import (
     far,
     log_probabilities,
 )
-from tiny_model import make_tiny_llama
 
 from sglang_relay.attention import attention_mass
 from sglang_relay.measure.server import Server
@@ -34,16 +33,6 @@ ARGS = ("--radix-cache-backend", "relay", "--dtype", "float32")
 ON = {"SGLANG_RELAY_INFLUENCE": "auto", **NO_AUDIT}
 CLOSE = 2e-5
 """Relative, or absolute for small scores: sums of fp32 weights against fp64."""
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_tiny_llama(tmp_path_factory.mktemp("tiny"))
-
-
-@pytest.fixture(scope="module")
-def reference(model: Path) -> Reference:
-    return Reference(model)
 
 
 class Decoded:
@@ -183,15 +172,12 @@ TAU_INF = 1.45
 
 
 @pytest.fixture(scope="module")
-def world(model: Path, reference: Reference, tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
+def world(model: Path, reference: Reference, inspector: Inspector) -> Iterator[World]:
     r = TINY.relay
     env = {**ON, "SGLANG_RELAY_LAYER_RANGE": f"1,{r.det},{r.end}", "SGLANG_RELAY_COST_MODEL": "false"}
     args = (*ARGS, "--max-total-tokens", 8192, "--enable-mixed-chunk")
-    inspector = Inspector(tmp_path_factory.mktemp("inspector"))
     with Server(model, *args, env=env | inspector.env) as server:
-        made = World(TINY, server, reference)
-        made.inspector = inspector  # type: ignore[attr-defined]
-        yield made
+        yield World(TINY, server, reference)
 
 
 def with_influence(world: World, segments: list[Segment]) -> list[Segment]:
@@ -226,9 +212,8 @@ def test_the_policy_selects_by_it(world: World, case: str) -> None:
     assert far(got, log_probabilities(without)) > 10 * BOUND
 
 
-def test_decoding_goes_on_beside_relayed_prefills(world: World) -> None:
+def test_decoding_goes_on_beside_relayed_prefills(world: World, inspector: Inspector) -> None:
     """Rows of running requests ride along in relayed batches, and in batches that fall back."""
-    inspector: Inspector = world.inspector  # type: ignore[attr-defined]
     before = world.server.get("/server_info")["internal_states"][0]["relay"]["stats"]
     with ThreadPoolExecutor(2) as pool:
         running = pool.submit(decode, world.server, prompts(1, 1024, 8)[0], 700)
@@ -245,9 +230,8 @@ def test_decoding_goes_on_beside_relayed_prefills(world: World) -> None:
     check(inspector, world.server, world.reference, done)
 
 
-def test_a_transcript_beside_a_relayed_prefill_has_none(world: World) -> None:
+def test_a_transcript_beside_a_relayed_prefill_has_none(world: World, inspector: Inspector) -> None:
     """Its rows are scattered over the stages of the relayed batch."""
-    inspector: Inspector = world.inspector  # type: ignore[attr-defined]
     text, first = prompts(1, 1024, 9)[0], 5
     prompt = world.prompt(CASES["one"])
     inspector.ask(world.server, "gather", count=2)
