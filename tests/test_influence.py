@@ -64,10 +64,13 @@ def check(
     prompt = len(done.prompt)
     assert len(got) > prompt + 16, "the tree does not hold it"
     assert got[:prompt] == [None] * prompt
-    want = reference.influence(done.held, prompt, layers or range(reference.layers))
-    have = torch.tensor(got[prompt:], dtype=torch.float64)
-    assert torch.isfinite(have).all(), got[prompt:]
-    want = want[: len(have)]
+    alike(got[prompt:], reference.influence(done.held, prompt, layers or range(reference.layers)))
+
+
+def alike(got: list[float | None], want: torch.Tensor) -> None:
+    """Of the tokens that the tree holds, the first ones of ``want``."""
+    assert None not in got, got
+    have, want = torch.tensor(got, dtype=torch.float64), want[: len(got)]
     assert float(want.max()) > 1
     off = (have - want) / want.clamp_min(1)
     assert float(off.abs().max()) < CLOSE, off
@@ -246,6 +249,30 @@ def test_a_transcript_beside_a_relayed_prefill_has_none(world: World, inspector:
     # Alone it has some.
     world.server.generate([9, *text], max_new_tokens=1, custom_params={**params, "relay_generated_from": first + 1})
     assert None not in inspector.influence(world.server, [9, *text])[first + 1 :]
+
+
+@pytest.mark.parametrize("more", [0, 30])
+def test_a_twin_adds_nothing_to_slots_that_are_not_its_own(world: World, inspector: Inspector, more: int) -> None:
+    """Two transcripts in one batch that begin alike: of what both have computed the tree keeps the first one's slots,
+    and the second goes on with these. What only the second has stays its own."""
+    text, first = prompts(1, 1024, 10 + more)[0], 5
+    other = [*text, *random_tokens(more, random.Random(more), 1024)]
+    inspector.ask(world.server, "gather", count=2)
+    params = {"relay": "exact", "relay_generated_from": first}
+    answers = world.server.generate(
+        [text, other], max_new_tokens=40, ignore_eos=True, frequency_penalty=1.0, custom_params=params
+    )
+    assert re.search(rf"Prefill batch.*#new-token: {len(text) + len(other)}\b", world.server.log())
+    one, two = (
+        Decoded(prompt[:first], [*prompt[first:], *answer["output_ids"]])
+        for prompt, answer in zip((text, other), answers, strict=True)
+    )
+    check(inspector, world.server, world.reference, one)
+    if more:
+        shared, got = len(text), inspector.influence(world.server, two.held)
+        assert got[:shared] == inspector.influence(world.server, one.held)[:shared]
+        want = world.reference.influence(two.held, first, range(world.reference.layers))
+        alike(got[shared:], want[shared - first :])
 
 
 # ---------------------------------------------------------------------- arithmetic

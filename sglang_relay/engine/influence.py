@@ -109,7 +109,7 @@ class Influence:
 
     def checkpoint(self, req: Req, up_to: int, insert: Callable[[], None]) -> None:
         """``insert`` the first ``up_to`` tokens of ``req`` into the tree. Where the tree has them already it keeps its
-        own slots, which have another writer."""
+        own slots, which have another writer: what ``req`` adds to begins behind them."""
         own = self._own(req)
         if own is None or req.finished() or up_to <= own.start:
             insert()
@@ -117,8 +117,9 @@ class Influence:
         row = self._table[req.kv.req_pool_idx, own.start : up_to]
         before = row.clone()
         insert()
-        if not torch.equal(before, row):
-            own.start = up_to
+        moved = torch.nonzero(before != row)
+        if len(moved):
+            own.start += int(moved[-1]) + 1
 
     @staticmethod
     def _own(req: Req) -> Collected | None:
