@@ -22,6 +22,9 @@ BUCKETS = [8, 32, 64, 96, 256]
 LOGITS: list[int] = []
 """Rows of every prefill's hidden states that came before the language-model head."""
 
+AUDITS: list[float] = []
+"""What every live audit found, in nats."""
+
 
 class RecordedGraph(TorchDispatchMode):
     """Stands for ``torch.cuda.CUDAGraph``: addresses are fixed by the capture, values are those of the replay, and no
@@ -61,9 +64,11 @@ def load() -> None:
     runner = "sglang.srt.model_executor.model_runner.ModelRunner"
     HookRegistry.register(f"{runner}.init_cuda_graphs", capture, HookType.AFTER)
     HookRegistry.register("sglang.srt.layers.logits_processor.LogitsProcessor.forward", count, HookType.BEFORE)
+    HookRegistry.register("sglang_relay.breaker.Breaker.record", judged, HookType.BEFORE)
     import relay_test_inspector  # pyright: ignore[reportMissingImports]
 
-    relay_test_inspector.QUESTIONS |= {"logits": logits, "replay": replay, "stock_attention": stock_attention}
+    questions = (logits, audits, replay, stock_attention)
+    relay_test_inspector.QUESTIONS |= {question.__name__: question for question in questions}
 
 
 def capture(result: Any, runner: Any, *args: Any, **kwargs: Any) -> None:
@@ -86,6 +91,10 @@ def count(processor: Any, input_ids: Any, hidden: Any, head: Any, batch: Any, *a
         LOGITS.append(hidden.shape[0])
 
 
+def judged(breaker: Any, kl: float, *args: Any, **kwargs: Any) -> None:
+    AUDITS.append(kl)
+
+
 # ---------------------------------------------------------------------- questions
 
 
@@ -93,6 +102,16 @@ def logits(scheduler: Any) -> list[int]:
     """What `LOGITS` has held since this was last asked."""
     found = list(LOGITS)
     LOGITS.clear()
+    return found
+
+
+def audits(scheduler: Any, every: int) -> list[float]:
+    """What `AUDITS` has held since this was last asked; from now on one relayed request in ``every`` is audited, 0 for
+    none."""
+    auditor = scheduler.tree_cache.relay.auditor
+    auditor._every, auditor._until = every, 0
+    found = list(AUDITS)
+    AUDITS.clear()
     return found
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+import torch
 from plugins import Inspector, install_plugin
 from prompts import Cut, Donor, Prompt, compose, random_tokens
 from tiny_model import make_tiny_llama
@@ -40,11 +41,9 @@ class Side(NamedTuple):
     def stats(self) -> dict[str, Any]:
         return self.server.get("/server_info")["internal_states"][0]["relay"]["stats"]
 
-    def ask(self, prompt: list[int], **custom: Any) -> dict[str, Any]:
-        params = {"custom_params": custom} if custom else {}
-        return self.server.generate(
-            prompt, max_new_tokens=6, ignore_eos=True, fields={"return_logprob": True}, **params
-        )
+    def ask(self, prompt: list[int], fields: dict[str, Any] | None = None, **custom: Any) -> dict[str, Any]:
+        params, fields = {"custom_params": custom} if custom else {}, {"return_logprob": True, **(fields or {})}
+        return self.server.generate(prompt, max_new_tokens=6, ignore_eos=True, fields=fields, **params)
 
 
 @pytest.fixture(scope="module")
@@ -201,6 +200,41 @@ def test_a_failure_in_a_break_ends_in_the_stock_path(replaying: Side, eager: Sid
     assert replaying.inspector.ask(replaying.server, "stock_attention") == "TorchCpuAttnBackend"
     again = prompt_of(eager.donors, 210 + len(policy)).tokens
     assert replaying.ask(again, relay_policy=policy)["meta_info"]["relay"]["declined"] is None
+
+
+@pytest.mark.parametrize(("policy", "budget"), [("legolink", 5), ("probe_only", 0.37)])
+def test_an_audited_replay_is_judged_and_stock_answers(
+    replaying: Side, eager: Side, policy: str, budget: float
+) -> None:
+    """The replayed pass has its logits in the buffer that the stock forward behind it writes to, too. Budgets of their
+    own: breakers of other tests' tiers stay closed."""
+    tokens = prompt_of(eager.donors, 230 + len(policy)).tokens
+    params, whole = {"relay_policy": policy, "relay_budget": budget}, {"token_ids_logprob": list(range(VOCAB))}
+    before, passes = replaying.stats(), replaying.passes() or 0
+    replaying.inspector.ask(replaying.server, "audits", every=1)
+    try:
+        audited = replaying.ask(tokens, whole, **params)
+    finally:
+        found = replaying.inspector.ask(replaying.server, "audits", every=0)
+    after = replaying.stats()
+    assert audited["meta_info"]["relay"]["declined"] == "audited"
+    assert replaying.passes() == passes + PASSES[policy]
+    assert (after["audits"], after["fallbacks"]) == (before["audits"] + 1, before["fallbacks"])
+    relayed = eager.ask(tokens, whole, **params)  # first: of an exact answer's KV nothing would be approximate
+    stock = eager.ask(tokens, whole, relay="off")
+    assert (audited["output_ids"], logprobs(audited)) == (stock["output_ids"], logprobs(stock))
+    rows = replaying.inspector.rows(replaying.server, tokens, namespace={"tier": f"{policy}@{budget:g}"})
+    assert rows == eager.inspector.rows(eager.server, tokens)
+    guess, exact = first_token(relayed), first_token(stock)
+    want = float(torch.nn.functional.kl_div(guess, exact, log_target=True, reduction="sum"))
+    assert want > 100 * BOUND and found == [pytest.approx(want, rel=1e-3, abs=BOUND)]
+
+
+def first_token(answer: dict[str, Any]) -> torch.Tensor:
+    """Log-probabilities, float64 [vocab]."""
+    values = answer["meta_info"]["output_token_ids_logprobs"][0]
+    assert [token for _, token, _ in values] == list(range(VOCAB))
+    return torch.tensor([value for value, *_ in values], dtype=torch.float64)
 
 
 def test_no_replay_is_logged_as_a_failed_capture(replaying: Side) -> None:
