@@ -70,12 +70,18 @@ def document(server: Server) -> str:
     return text
 
 
+def fresh(n: int) -> list[int]:
+    """Its first token is no other prompt's, so not even that is found in the tree."""
+    seed = next(SEEDS)
+    return [3 + seed % 1021, *tokens(n - 1, seed)]
+
+
 def ask(server: Server, prompt: list[int], new: int = 120, params: dict[str, Any] | None = None, **fields: Any) -> Any:
     return server.generate(prompt, max_new_tokens=new, ignore_eos=True, custom_params=params, fields=fields)
 
 
 def prompt_with(donor: list[int], head: int = 30, tail: int = 15) -> list[int]:
-    return [*tokens(head, next(SEEDS)), *donor, *tokens(tail, 3)]
+    return [*fresh(head), *donor, *tokens(tail, 3)]
 
 
 def reused(report: dict[str, Any]) -> int:
@@ -168,7 +174,7 @@ def test_off_and_exact_are_prefilled(server: Server, donor: list[int], mode: str
     ids=str,
 )
 def test_donate(server: Server, params: dict[str, Any], output: bool, prompt: bool) -> None:
-    document = tokens(100, next(SEEDS))
+    document = fresh(100)
     answer = ask(server, document, 100, params)["output_ids"]
     for text, donated in ((answer, output), (document, prompt)):
         report = report_of(ask(server, prompt_with(text), 1, {"relay_donate": "none"}))
@@ -183,6 +189,49 @@ def test_donating_all_does_not_donate_what_was_copied(server: Server, donor: lis
     assert reused(report) == len(donor) - 1
     # The head, the tail with the donor's last token, and the output.
     assert state(server)["index"]["donors"] - before == 3
+
+
+@pytest.mark.parametrize(
+    ("before", "wish"),
+    [
+        ({"relay": "off"}, {"relay": "exact"}),
+        ({"relay": "off"}, {"relay": "on"}),
+        ({"relay_donate": "none"}, {"relay": "on"}),
+        ({"relay_donate": "none", "relay_policy": "rotate"}, {"relay": "on"}),
+    ],
+    ids=str,
+)
+def test_donating_all_donates_what_the_cache_had(server: Server, before: dict[str, Any], wish: dict[str, Any]) -> None:
+    """A prefix hit, or an exact copy from another namespace: nobody has offered it, though it was computed before."""
+    prompt = fresh(40)
+    text = ask(server, prompt, 200, before)["output_ids"][:-1]
+    assert report_of(ask(server, prompt_with(text), 1, {"relay_donate": "none"}))["declined"] == "nothing_to_reuse"
+    known = report_of(ask(server, [*prompt, *text, 198], 1, {**wish, "relay_donate": "all"}))
+    # Where a chunk ends in a copy, its last token is computed.
+    assert reused(known) == 0 and known["fresh"] <= 1 + (len(prompt) + len(text)) // CHUNK
+    assert reused(report_of(ask(server, prompt_with(text), 1, {"relay_donate": "none"}))) == len(text)
+
+
+def test_donating_all_offers_nothing_twice(server: Server) -> None:
+    """Every turn of a conversation donates what it adds: its own words and the answer."""
+    history, learnt = fresh(100), []
+    for _ in range(3):
+        learnt.append(state(server)["index"]["learnt"])
+        history = [*history, *ask(server, history, 50, {"relay_donate": "all"})["output_ids"], *fresh(60)]
+    assert [b - a for a, b in itertools.pairwise([*learnt, state(server)["index"]["learnt"]])] == [2, 2, 2]
+    # Together that is all: 100 + 50, 60 + 50, 60 + 50 tokens, but for the last one, which has no KV.
+    report = report_of(ask(server, prompt_with(history[:370]), 1, {"relay_donate": "none"}))
+    assert 369 - report["segments"] <= reused(report) <= 369
+
+
+def test_a_transcript_is_donated_as_if_it_had_been_decoded(server: Server) -> None:
+    text = fresh(200)
+    ask(server, text, 1, {"relay": "exact", "relay_donate": "none", "relay_generated_from": 80})
+    assert reused(report_of(ask(server, prompt_with(text), 1, {"relay_donate": "none"}))) == 0
+    # By now the cache has it; it is offered all the same.
+    ask(server, text, 1, {"relay": "exact", "relay_generated_from": 80})
+    report = report_of(ask(server, prompt_with(text), 1, {"relay_donate": "none"}))
+    assert 120 - report["segments"] < reused(report) <= 120  # a chunk's last token is computed
 
 
 def test_budget(server: Server, donor: list[int]) -> None:
@@ -262,7 +311,7 @@ def test_counts_add_up_over_chunks_and_prefix_hits(
     server: Server, donor: list[int], second: list[int], policy: str, prefix: int, tail: int
 ) -> None:
     params = {"relay_policy": policy}
-    prompt = [*tokens(prefix + 2, next(SEEDS)), *donor, *tokens(70, 42), *second, *tokens(tail, 43)]
+    prompt = [*fresh(prefix + 2), *donor, *tokens(70, 42), *second, *tokens(tail, 43)]
     if prefix:
         ask(server, prompt[:prefix], 1, params)
     answer = ask(server, prompt, 4, params)
@@ -283,7 +332,7 @@ def test_short_reuse_is_not_worth_it(server: Server, donor: list[int]) -> None:
 
 def test_declines_for_want_of_a_donor_are_counted(server: Server) -> None:
     before = stats(server)["declined"].get("nothing_to_reuse", 0)
-    assert report_of(ask(server, tokens(90, next(SEEDS)), 1))["declined"] == "nothing_to_reuse"
+    assert report_of(ask(server, fresh(90), 1))["declined"] == "nothing_to_reuse"
     assert stats(server)["declined"]["nothing_to_reuse"] == before + 1
 
 
@@ -433,7 +482,7 @@ def test_counters_move_with_the_requests(server: Server, donor: list[int], polic
     before = stats(server)
     # One chunk under every policy.
     report = report_of(ask(server, prompt_with(donor[:90], head=20), 1, {"relay_policy": policy}))
-    ask(server, tokens(20, next(SEEDS)), 1, {"relay": "off"})
+    ask(server, fresh(20), 1, {"relay": "off"})
     after = stats(server)
 
     def moved(*path: str) -> int:

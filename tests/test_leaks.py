@@ -272,6 +272,16 @@ def test_after_eviction_and_reinsertion(relay: Watched, stock: Watched) -> None:
     same_bits(relay, stock, [*prompt, *answer["output_ids"]])
 
 
+def test_text_whose_donor_was_evicted_is_offered_again(relay: Watched) -> None:
+    relay.flush()
+    text, everything = tokens(120, 86), {"relay": "exact", "relay_donate": "all"}
+    relay.ask([*tokens(30, 87), *text], everything)
+    relay.evict_everything(88)
+    relay.ask(text, OFF)  # in the cache again, of nobody who donates
+    relay.ask(text, everything)
+    assert reused(relay.ask([*tokens(40, 89), *text, *tokens(9, 83)], {"relay_policy": "rotate"})) == len(text)
+
+
 def test_the_secret_is_shown_nowhere(relay: Watched) -> None:
     answer = relayed_answer(relay, 90, "rotate")[1]
     secret = relay.inspector.ask(relay.server, "secret")

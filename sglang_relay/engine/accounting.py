@@ -30,13 +30,23 @@ def begin_chunk(req: Req, state: RelayRequest, depths: DepthMap) -> None:
     state.report["cost"] = 0.0
     if state.report.get("influence") == "used":
         state.report["influence"] = "none"
-    state.fresh.clear()
+    state.own.clear()
+    state.found = 0
     state.pending, state.reused, state.layers = None, 0, 0
     state.placed.clear()
     state.depth = 0
     if state.relays and req.prefix_len:
         state.depth = depths.depth(req.extra_key, tokens_of(req), req.prefix_len)
     state.report["depth"] = state.depth
+    if state.depth == 0:
+        _find(state, 0, req.prefix_len)
+
+
+def _find(state: RelayRequest, start: int, stop: int) -> None:
+    """``[start, stop)`` of the prompt is exact KV that was there already."""
+    if stop > start:
+        state.own.append((start, stop))
+        state.found = stop
 
 
 def _kind(segment: Segment, policy: Policy) -> str:
@@ -58,14 +68,16 @@ def count_chunk(req: Req, state: RelayRequest, plan: RelayPlan | None, policy: P
     if plan is not None and policy is not None:
         for s in plan.segments:
             if s.start > at:
-                state.fresh.append((at, s.start))
+                state.own.append((at, s.start))
+            if s.exact:
+                _find(state, s.start, s.stop)
             inside = _in_prompt(s.start, s.stop, prompt)
             report[_kind(s, policy)] += inside
             report["segments"] += not s.exact
             placed += inside
             at = s.stop
     if end > at:
-        state.fresh.append((at, end))
+        state.own.append((at, end))
     fresh = _in_prompt(req.prefix_len, end, prompt) - placed
     report["fresh"] += fresh
     state.reached = end
@@ -101,10 +113,10 @@ def note_pending(state: RelayRequest, plan: RelayPlan, policy: Policy) -> None:
         state.pending = placed[0].start
 
 
-def computed_spans(state: RelayRequest, prompt: int) -> list[tuple[int, int]]:
-    """Prompt ranges that the request computed itself, adjacent chunks joined."""
+def own_spans(state: RelayRequest, prompt: int) -> list[tuple[int, int]]:
+    """Prompt ranges that are no donor's: computed, or found as exact KV; adjacent ones joined."""
     joined: list[tuple[int, int]] = []
-    for start, stop in state.fresh:
+    for start, stop in state.own:
         if joined and joined[-1][1] == start:
             joined[-1] = (joined[-1][0], stop)
         else:

@@ -10,12 +10,13 @@ import numpy as np
 from sglang.srt.managers.schedule_batch import FINISH_ABORT
 
 from sglang_relay.config import RelayConfig
-from sglang_relay.engine.accounting import computed_spans
+from sglang_relay.engine.accounting import own_spans
 from sglang_relay.engine.donors import tokens_of
 from sglang_relay.engine.namespaces import Namespaces
 from sglang_relay.engine.report import Stats
 from sglang_relay.engine.requests import RelayRequest, relay_of
 from sglang_relay.index import ContentIndex, DepthMap
+from sglang_relay.plan import Candidate
 
 if TYPE_CHECKING:
     from sglang.srt.managers.schedule_batch import Req
@@ -31,7 +32,8 @@ class Learning:
 
     version: changes of the index so far: pieces chosen at an older one may have become better. base: of the hashes.
     page: tokens of a page of the tree. unsupported: why nothing relays, and so nothing is learnt; the server's list,
-    which may grow until it is ready. failure: counts and logs a host failure (``RelayManager.failure``).
+    which may grow until it is ready. failure: counts and logs a host failure (``RelayManager.failure``). available: how
+    many tokens of a donor's run the tree still holds (``Donors.available``).
     """
 
     def __init__(
@@ -40,6 +42,7 @@ class Learning:
         namespaces: Namespaces,
         stats: Stats,
         failure: Callable[[str, BaseException], str],
+        available: Callable[[Candidate], int],
         *,
         base: int,
         page: int,
@@ -59,6 +62,7 @@ class Learning:
         self._namespaces = namespaces
         self._stats = stats
         self._failure = failure
+        self._available = available
         self._page = page
         self._unsupported = unsupported
         self._restarts = 0
@@ -74,7 +78,8 @@ class Learning:
             self.depths.mark(req.extra_key, tokens_of(req), approximate[0].start, state.depth)
 
     def learn(self, req: Req, up_to: int) -> None:
-        """The tree now holds ``[0, up_to)`` of a finished request: offer its decoded span, or all that it computed."""
+        """The tree now holds ``[0, up_to)`` of a finished request: offer its decoded span, and of its prompt what
+        is to be donated, too."""
         state = relay_of(req)
         if state is None or not self._may_donate(state) or isinstance(req.finished_reason, FINISH_ABORT):
             return
@@ -85,14 +90,26 @@ class Learning:
         try:
             prompt = len(req.origin_input_ids)
             tokens = tokens_of(req)[: up_to // self._page * self._page]
-            spans = [(prompt, len(tokens))]
-            if state.controls.donate == "all":
-                spans = computed_spans(state, prompt) + spans
+            spans = [*self._prompt_spans(state, tokens, prompt), (prompt, len(tokens))]
             for start, end in spans:
                 self._learn_span(req, state, tokens, start, min(end, len(tokens)))
         except Exception as error:
             self._failure("learn", error)
         self._stats.learn_seconds += time.perf_counter() - began
+
+    def _prompt_spans(self, state: RelayRequest, tokens: np.ndarray, prompt: int) -> list[tuple[int, int]]:
+        """What to donate of the prompt: its transcript, or all of it. Lent text is its donor's to offer, and text that
+        was found in the tree is offered unless an exact donor has it already."""
+        transcript = state.controls.generated_from
+        first = 0 if state.controls.donate == "all" else prompt if transcript is None else transcript
+        spans = [(max(start, first), stop) for start, stop in own_spans(state, prompt) if stop > first]
+        found = min(state.found, len(tokens))
+        return _without(spans, self._offered(state, tokens[:found])) if found > first and spans else spans
+
+    def _offered(self, state: RelayRequest, tokens: np.ndarray) -> list[tuple[int, int]]:
+        """Ranges of ``tokens`` that exact donors of the tenant hold, sorted."""
+        runs = [Candidate(r.start, r.stop, r.donor, r.source, r.depth) for r in self.index.match(state.tenant, tokens)]
+        return sorted((r.start, r.start + self._available(r)) for r in runs if r.depth == 0)
 
     def _learn_span(self, req: Req, state: RelayRequest, tokens: np.ndarray, start: int, stop: int) -> None:
         if stop - start < self._config.min_segment:
@@ -140,3 +157,16 @@ class Learning:
                 state.epoch = self._namespaces.epoch
                 if state.relays:
                     req.extra_key = self._namespaces.key(state.tenant, state.controls.tier)
+
+
+def _without(spans: list[tuple[int, int]], taken: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    """The parts of ``spans`` outside ``taken``; both sorted, ``taken`` may overlap."""
+    left: list[tuple[int, int]] = []
+    for first, end in spans:
+        at = first
+        for start, stop in taken:
+            if start < end and stop > at:
+                left.append((at, start))
+                at = stop
+        left.append((at, end))
+    return [(start, stop) for start, stop in left if stop > start]

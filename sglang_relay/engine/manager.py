@@ -91,6 +91,7 @@ class RelayManager:
             self.namespaces,
             self.stats,
             self.failure,
+            self._available,
             base=base,
             page=tree.page_size,
             unsupported=unsupported,
@@ -131,6 +132,9 @@ class RelayManager:
         self.hidden = hidden
         for policy in self._policies.values():
             policy.enters = hidden.layer if policy.start == hidden.layer else 0
+
+    def _available(self, run: Candidate) -> int:
+        return self.donors.available(run)
 
     # ------------------------------------------------------------------ requests
 

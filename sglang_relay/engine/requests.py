@@ -29,7 +29,7 @@ _KEYS = (
 class Controls:
     """Validated wishes of one request. mode: on, off or exact; donate: output, all or none; budget: what the policy
     may recompute, None for policies that take none and for thresholds without a cap; generated_from: prompt tokens from
-    this one on are a transcript, whose influence is collected as if they were decoded (engine/influence.py)."""
+    this one on are a transcript: donated, and their influence collected (engine/influence.py), as if decoded."""
 
     mode: str
     policy: str
@@ -131,8 +131,10 @@ class RelayRequest:
     """Reused approximate tokens of this attempt, and token-layers that ran on account of their repair."""
     influence: Collected | None = None
     """What its decoding has collected (engine/influence.py)."""
-    fresh: list[tuple[int, int]] = field(default_factory=list)
-    """Prompt ranges computed (not copied) by this request, for donation under ``relay_donate: all``."""
+    own: list[tuple[int, int]] = field(default_factory=list)
+    """Prompt ranges that no donor lent: computed by this request, or found as exact KV. What it may donate."""
+    found: int = 0
+    """End of the last range that was found: another request may have donated it already."""
 
     @property
     def relays(self) -> bool:

@@ -76,18 +76,15 @@ class Chain:
     def donate(self, server: Server, salt: str) -> None:
         """Make ``server`` hold the producers' outputs as donors of the tenant ``salt``, by prefill.
 
-        A producer's prompt is prefilled first and donates nothing; then prompt + output, which donates what it computes
-        itself: the output. So the index holds what it holds after decoding, and its KV equals decoded KV up to
-        rounding: with SmolLM2-135M-Instruct in bfloat16, ``rotate`` on replayed donors is a KL divergence of 4e-4 away
-        from ``rotate`` on the donors that were decoded (6 development chains, 32 positions), as far as full prefill in
+        Prompt + output is prefilled, the output as a transcript, which is donated. So the index holds what it holds
+        after decoding, and its KV equals decoded KV up to rounding: with SmolLM2-135M-Instruct in bfloat16, ``rotate``
+        on replayed donors is a KL divergence of 4e-4 away from ``rotate`` on the donors that were decoded (6
+        development chains, 32 positions; prompt and output prefilled one after the other), as far as full prefill in
         two chunks is from full prefill in one; from full prefill it is 6.3e-2 (decoded) and 6.2e-2 (replayed) away.
         """
-        exact, tenant = {"relay": "exact"}, {"cache_salt": salt}
-        first = [p.prompt for p in self.producers]
-        server.generate(first, fields=tenant, max_new_tokens=1, custom_params={**exact, "relay_donate": "none"})
         for p in self.producers:
-            params = {**exact, "relay_donate": "all", "relay_generated_from": len(p.prompt)}
-            server.generate(p.prompt + p.output, fields=tenant, max_new_tokens=1, custom_params=params)
+            params = {"relay": "exact", "relay_donate": "output", "relay_generated_from": len(p.prompt)}
+            server.generate(p.prompt + p.output, fields={"cache_salt": salt}, max_new_tokens=1, custom_params=params)
 
 
 class Template:
