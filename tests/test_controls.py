@@ -214,11 +214,15 @@ def test_donating_all_donates_what_the_cache_had(server: Server, before: dict[st
 
 def test_donating_all_offers_nothing_twice(server: Server) -> None:
     """Every turn of a conversation donates what it adds: its own words and the answer."""
-    history, learnt = fresh(100), []
+    history, before = fresh(100), []
     for _ in range(3):
-        learnt.append(state(server)["index"]["learnt"])
+        before.append(state(server)["index"])
         history = [*history, *ask(server, history, 50, {"relay_donate": "all"})["output_ids"], *fresh(60)]
-    assert [b - a for a, b in itertools.pairwise([*learnt, state(server)["index"]["learnt"]])] == [2, 2, 2]
+    turns = list(itertools.pairwise([*before, state(server)["index"]]))
+    assert [after["learnt"] - index["learnt"] for index, after in turns] == [2, 2, 2]
+    # The first turn brings 100 + 50 tokens, the others 60 + 50, and none of what they repeat.
+    first, second, third = (after["windows"] - index["windows"] for index, after in turns)
+    assert 0 < second == third < first
     # Together that is all: 100 + 50, 60 + 50, 60 + 50 tokens, but for the last one, which has no KV.
     report = report_of(ask(server, prompt_with(history[:370]), 1, {"relay_donate": "none"}))
     assert 369 - report["segments"] <= reused(report) <= 369
