@@ -54,6 +54,11 @@ class Donors:
         self._tree = tree
         self._index = index
 
+    def candidates(self, tenant: Tenant, tokens: np.ndarray, start: int = 0) -> list[Candidate]:
+        """What the index finds of ``tokens[start:]``, as ``ContentIndex.match`` sorts it; the tree may hold less."""
+        runs = self._index.match(tenant, tokens, start)
+        return [Candidate(r.start, r.stop, r.donor, r.source, r.depth) for r in runs]
+
     def available(self, candidate: Candidate) -> int:
         """Tokens of ``candidate`` whose KV the donor's path still holds on the device; forgets a donor without any."""
         length = candidate.stop - candidate.start

@@ -11,16 +11,16 @@ from sglang.srt.managers.schedule_batch import FINISH_ABORT
 
 from sglang_relay.config import RelayConfig
 from sglang_relay.engine.accounting import own_spans
-from sglang_relay.engine.donors import tokens_of
+from sglang_relay.engine.donors import Donors, tokens_of
 from sglang_relay.engine.namespaces import Namespaces
 from sglang_relay.engine.report import Stats
 from sglang_relay.engine.requests import RelayRequest, relay_of
 from sglang_relay.index import ContentIndex, DepthMap
-from sglang_relay.plan import Candidate
 
 if TYPE_CHECKING:
     from sglang.srt.managers.schedule_batch import Req
 
+    from sglang_relay.engine.tree import RelayCache
     from sglang_relay.plan import RelayPlan
 
 _DEPTH_MARKS = 1 << 18
@@ -31,21 +31,19 @@ class Learning:
     """Fills the index and the depths, and empties them when the KV or the weights they are about have gone.
 
     version: changes of the index so far: pieces chosen at an older one may have become better. base: of the hashes.
-    page: tokens of a page of the tree. unsupported: why nothing relays, and so nothing is learnt; the server's list,
-    which may grow until it is ready. failure: counts and logs a host failure (``RelayManager.failure``). available: how
-    many tokens of a donor's run the tree still holds (``Donors.available``).
+    unsupported: why nothing relays, and so nothing is learnt; the server's list, which may grow until it is ready.
+    failure: counts and logs a host failure (``RelayManager.failure``).
     """
 
     def __init__(
         self,
         config: RelayConfig,
+        tree: RelayCache,
         namespaces: Namespaces,
         stats: Stats,
         failure: Callable[[str, BaseException], str],
-        available: Callable[[Candidate], int],
         *,
         base: int,
-        page: int,
         unsupported: list[str],
     ) -> None:
         self.index = ContentIndex(
@@ -56,14 +54,14 @@ class Learning:
             max_bytes=config.index_bytes,
             max_runs=2 * config.max_segments,
         )
+        self.donors = Donors(tree, self.index)
         self.depths = DepthMap(base, max_entries=_DEPTH_MARKS)
         self.version = 0
         self._config = config
         self._namespaces = namespaces
         self._stats = stats
         self._failure = failure
-        self._available = available
-        self._page = page
+        self._page = tree.page_size
         self._unsupported = unsupported
         self._restarts = 0
 
@@ -108,8 +106,8 @@ class Learning:
 
     def _offered(self, state: RelayRequest, tokens: np.ndarray) -> list[tuple[int, int]]:
         """Ranges of ``tokens`` that exact donors of the tenant hold, sorted."""
-        runs = [Candidate(r.start, r.stop, r.donor, r.source, r.depth) for r in self.index.match(state.tenant, tokens)]
-        return sorted((r.start, r.start + self._available(r)) for r in runs if r.depth == 0)
+        runs = self.donors.candidates(state.tenant, tokens)
+        return sorted((r.start, r.start + self.donors.available(r)) for r in runs if r.depth == 0)
 
     def _learn_span(self, req: Req, state: RelayRequest, tokens: np.ndarray, start: int, stop: int) -> None:
         if stop - start < self._config.min_segment:

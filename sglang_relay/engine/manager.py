@@ -18,7 +18,7 @@ from sglang_relay.engine.accounting import begin_chunk, count_chunk, count_fallb
 from sglang_relay.engine.audit import BREAKER_OPEN, Auditor
 from sglang_relay.engine.consensus import Consensus, digest_of
 from sglang_relay.engine.costing import Costs
-from sglang_relay.engine.donors import EXACT_PREFIX, Donors, Held
+from sglang_relay.engine.donors import EXACT_PREFIX, Held
 from sglang_relay.engine.guards import batch_reason, request_reason
 from sglang_relay.engine.learning import Learning
 from sglang_relay.engine.matching import Matcher
@@ -87,16 +87,9 @@ class RelayManager:
         self.namespaces = Namespaces(secret, isolated)
         self.stats = Stats()
         self.learning = learning = Learning(
-            config,
-            self.namespaces,
-            self.stats,
-            self.failure,
-            self._available,
-            base=base,
-            page=tree.page_size,
-            unsupported=unsupported,
+            config, tree, self.namespaces, self.stats, self.failure, base=base, unsupported=unsupported
         )
-        self.donors = Donors(tree, learning.index)
+        self.donors = learning.donors
         self.influence: Influence | None = None
         self.influence_missing = "off"
         """Why there is none."""
@@ -108,7 +101,7 @@ class RelayManager:
         if config.cost_model and not unsupported:
             queries = config.probe_queries
             self.costs = Costs(consensus, self.failure, layers=num_layers, chunk=chunk, probe_queries=queries)
-        self.matcher = Matcher(config, learning.index, self.donors, learning.depths, self.namespaces, self.costs)
+        self.matcher = Matcher(config, self.donors, learning.depths, self.namespaces, self.costs)
         self.layers = config.resolve_layer_range(num_layers)
         self._num_layers = num_layers
         self._policies = make_policies(config, num_layers)
@@ -132,9 +125,6 @@ class RelayManager:
         self.hidden = hidden
         for policy in self._policies.values():
             policy.enters = hidden.layer if policy.start == hidden.layer else 0
-
-    def _available(self, run: Candidate) -> int:
-        return self.donors.available(run)
 
     # ------------------------------------------------------------------ requests
 

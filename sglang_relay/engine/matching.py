@@ -9,7 +9,7 @@ import numpy as np
 from sglang_relay.config import RelayConfig
 from sglang_relay.engine.donors import EXACT_PREFIX, Donors, tokens_of
 from sglang_relay.engine.namespaces import Namespaces
-from sglang_relay.index import ContentIndex, DepthMap
+from sglang_relay.index import DepthMap
 from sglang_relay.plan import Candidate, cover
 from sglang_relay.policies import Policy
 
@@ -26,14 +26,12 @@ class Matcher:
     def __init__(
         self,
         config: RelayConfig,
-        index: ContentIndex,
         donors: Donors,
         depths: DepthMap,
         namespaces: Namespaces,
         costs: Costs | None,
     ) -> None:
         self._config = config
-        self._index = index
         self._donors = donors
         self._depths = depths
         self._namespaces = namespaces
@@ -50,8 +48,7 @@ class Matcher:
             stop = min(stop, max(start, req.logprob_start_len - 1))
         begin = self._exact_prefix(req, state, tokens, start, stop)
         pieces = [Candidate(start, begin, EXACT_PREFIX, start, 0)] if begin > start else []
-        runs = self._index.match(state.tenant, tokens, begin)
-        found = self._cover([Candidate(r.start, r.stop, r.donor, r.source, r.depth) for r in runs], begin, stop)
+        found = self._cover(self._donors.candidates(state.tenant, tokens, begin), begin, stop)
         state.shortfall = self._shortfall(found, len(tokens), policy)
         if state.shortfall is None:
             pieces += found
