@@ -91,9 +91,9 @@ class Probe(NamedTuple):
     of the sum. Selected is the `share` of all reused
     tokens with the highest scores or, with `coverage`, as many as hold this part of the sum of all scores without root.
     Second pass, from embeddings: the selected tokens, and the fresh ones behind the start of the first segment. With
-    `interpolates` each layer but the first, before it attends, adds to the other reused tokens .8 of a ridge regression
-    (0.2) on what changed at selected ones of the same piece, values and unturned keys, with the kernel
-    exp(6 (cos - 1) - |log((i + 4) / (j + 4))|), where cos is the mean of the donors' cosines of keys and of values in
+    `interpolates` each layer but the first, before it attends, adds to the other reused tokens a ridge regression (0.2)
+    on what changed at selected ones of the same piece, values and unturned keys, with the kernel
+    exp(4 (cos - 1) - |log((i + 4) / (j + 4))|), where cos is the mean of the donors' cosines of keys and of values in
     the layers at one, two and three quarters of the depth.
     A piece is a run of reused tokens of one segment, or one of the fewest equal parts of it of at most 512 tokens.
 
@@ -324,9 +324,9 @@ class Reference:
             for flat in (self._turn(donor[0][deep, piece], at, piece).flatten(1), donor[1][deep, piece].flatten(1)):
                 likeness += torch.cosine_similarity(flat[:, None], flat[None], dim=-1) / 6
         place = (prompt.index[piece] + 4.0).log()
-        kernel = torch.exp(6 * (likeness - 1) - (place[:, None] - place).abs())
+        kernel = torch.exp(4 * (likeness - 1) - (place[:, None] - place).abs())
         s, u = recomputed, ~recomputed
-        weight = 0.8 * torch.linalg.inv(kernel[s][:, s] + 0.2 * torch.eye(int(s.sum()))) @ kernel[s][:, u]
+        weight = torch.linalg.inv(kernel[s][:, s] + 0.2 * torch.eye(int(s.sum()))) @ kernel[s][:, u]
         change_k = prompt.k[layer, piece] - donor[0][layer, piece] if turned else new_k - old_k
         change_v = prompt.v[layer, piece] - donor[1][layer, piece]
         add_k, add_v = (torch.einsum("su,shd->uhd", weight, change[s]) for change in (change_k, change_v))

@@ -78,13 +78,13 @@ def expected(world: World, layer: int, donor: World) -> tuple[torch.Tensor, torc
 
     def likeness(a: int, b: int) -> float:
         cos = sum(torch.cosine_similarity(x[a], x[b], dim=0).item() for x in looks) / 6
-        return math.exp(6 * (cos - 1) - abs(math.log((world.index[a].item() + 4) / (world.index[b].item() + 4))))
+        return math.exp(4 * (cos - 1) - abs(math.log((world.index[a].item() + 4) / (world.index[b].item() + 4))))
 
     for start, stop in ((0, 60), (60, 90)):
         s = [i for i in range(start, stop) if world.chosen[i]]
         gram = torch.tensor([[likeness(a, b) + 0.2 * (a == b) for b in s] for a in s], dtype=torch.float64)
         for u in (i for i in range(start, stop) if not world.chosen[i]):
-            weight = 0.8 * torch.linalg.solve(gram, torch.tensor([likeness(u, a) for a in s], dtype=torch.float64))
+            weight = torch.linalg.solve(gram, torch.tensor([likeness(u, a) for a in s], dtype=torch.float64))
             new_k[u] += weight @ (new_k[s] - old_k[s])
             new_v[u] += weight @ (new_v[s] - old_v[s])
     return new_k, new_v

@@ -6,7 +6,7 @@ layer, before the layer attends: repaired and fresh rows see corrected neighbour
 tokens' donor K (turned back to position 0) and V in three layers, and i a token's place in its donor's text:
 
     k(a, b)   = exp(SHARPNESS (cos(a, b) - 1) - |log (i_a + 4) / (i_b + 4)|)    within one part of a segment
-    change(u) = GAIN k(u, s) (k(s, s) + NOISE I)^-1 change(s)                   s recomputed, u kept; K and V alike
+    change(u) = k(u, s) (k(s, s) + NOISE I)^-1 change(s)                        s recomputed, u kept; K and V alike
 
 Deviation falls with the distance from a segment's start (policy-study.md), hence the logarithm. The study's correction
 is the same idea with fixed factors (.25 for V, .40 for K) and eight neighbours; the regression finds its factors
@@ -32,11 +32,8 @@ import torch
 
 from sglang_relay.transfer import on_device
 
-SHARPNESS = 6.0
+SHARPNESS = 4.0
 NOISE = 0.2
-GAIN = 0.8
-"""Where an answer quotes reused text, a whole step can leave the quoted tokens further from full prefill than their
-donor's K does; a shorter one costs little elsewhere (docs/fidelity.md, "Answers that quote")."""
 OFFSET = 4
 """As in the probe's prior: the first tokens of a text are not infinitely far apart."""
 PART = 512
@@ -201,7 +198,6 @@ def _regression(
         cross[i, : len(u), : len(m)] = u @ m.T
     gram, cross = _kernel(gram, near_chosen, near_chosen), _kernel(cross, near_kept, near_chosen)
     gram.diagonal(dim1=1, dim2=2).add_(NOISE)
-    cross.mul_(GAIN)
     # Neither of these waits for the device; `cholesky_inverse` would, to check what it was given.
     factor, _ = torch.linalg.cholesky_ex(gram)
     half = torch.linalg.solve_triangular(factor.mT, cross, upper=True, left=False)
