@@ -64,6 +64,8 @@ class RelayConfig:
     probe_queries: most of a prompt's last fresh tokens that look at the segments under ``probe``.
     route_above: a prompt with this many fresh tokens behind its last segment per reused token, or more, is prefilled in
     full under ``probe``, whose probe then costs about as much.
+    quote_tokens: how far ahead, in tokens, what an answer quotes of a reused segment is recomputed while it decodes
+    under ``probe`` (``quotes.py``); 0 for never.
     cost_model: whether a prompt is relayed only where that is predicted to save time (``cost.py``).
     attention: what computes attention of scattered rows: ``torch``, ``flashinfer``, ``triton``, or ``auto``:
     flashinfer and triton, chosen for each pass, or what of them works, else torch; torch without a CUDA device.
@@ -92,6 +94,7 @@ class RelayConfig:
     budget: Budget | None = None
     probe_queries: int = 24
     route_above: float = 0.25
+    quote_tokens: int = 8
     cost_model: bool = True
     attention: str = "auto"
     graphs: str = "off"
@@ -203,6 +206,7 @@ _CHECKS: tuple[Callable[[RelayConfig], None], ...] = (
     _between("audit_every", 0, 1 << 30),
     _between("probe_queries", 1, 1024),
     _between("route_above", 0.0, 1e6),
+    _between("quote_tokens", 0, 1024),
     _between("min_segment", 1, 1 << 20),
     _between("min_relayed", 1, 1 << 20),
     _between("max_segments", 1, 4096),

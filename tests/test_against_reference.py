@@ -78,8 +78,8 @@ POLICIES = {
 
 NO_AUDIT = {"SGLANG_RELAY_AUDIT_EVERY": "0"}
 """An audited request is served exactly."""
-EXPLICIT = {name: {"relay_budget": 0.2} for name in ("probe", "probe_only")}
-"""Budgets that requests name, so that these comparisons do not hang on a server's default."""
+EXPLICIT = {"probe": {"relay_budget": 0.2, "relay_quote_tokens": 0}, "probe_only": {"relay_budget": 0.2}}
+"""What requests name, so that these comparisons do not hang on a server's default, nor donors on what they quote."""
 
 
 SPREAD = Case([Cut(2, 20, 80, 11), Cut(0, 5, 100, 90), Cut(1, 8, 95, 70)], 66)

@@ -35,6 +35,7 @@ ALLOWED = {
     "budget": "share",
     "probe_queries": "number",
     "route_above": "number",
+    "quote_tokens": "number",
     "cost_model": "true or false",
     "layer_range": "START,DETECT,END",
 }
@@ -62,6 +63,7 @@ BAD_TEXT = [
     *(("budget", text) for text in ("much", "coverage:1.5", "2.5", "coverage:")),
     *(("probe_queries", text) for text in ("", "0", "1025", "2.5")),
     *(("route_above", text) for text in ("", "-0.1", "nan", "inf")),
+    *(("quote_tokens", text) for text in ("", "-1", "1025", "1.5", "true")),
     *(("cost_model", text) for text in ("", "0", "1", "on", "none")),
     *(("layer_range", text) for text in ("1,3", "1,3,5,7", "3,1,5", "1,5,3", "-1,3,5", "a,b,c", "1;3;5", "7")),
 ]
@@ -111,6 +113,7 @@ GOOD = [
     ("budget", "coverage:0.8", Budget("coverage", 0.8)),
     ("probe_queries", "8", 8),
     ("route_above", "0.5", 0.5),
+    ("quote_tokens", "0", 0),
     ("cost_model", "false", False),
     ("cost_model", "True", True),
     ("budget", "none", None),

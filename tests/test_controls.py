@@ -26,7 +26,8 @@ from sglang_relay.profile.file import make_profile
 CHUNK = 128
 SEEDS = itertools.count(1000)
 """Every prompt has a head of its own, so that no test finds another's prefix."""
-KEYS = {"exact", "relayed", "recomputed", "fresh", "segments", "policy", "depth", "declined", "match_ms", "cost"}
+COUNTS = {"exact", "relayed", "recomputed", "fresh", "segments", "quoted"}
+KEYS = {*COUNTS, "policy", "depth", "declined", "match_ms", "cost"}
 
 
 def tokens(n: int, seed: int) -> list[int]:
@@ -270,6 +271,8 @@ BAD = [
     ({"relay_generated_from": -1}, "relay_generated_from=-1"),
     ({"relay_generated_from": True}, "relay_generated_from=True"),
     ({"relay_generated_from": "5"}, "relay_generated_from="),
+    ({"relay_quote_tokens": -1}, "relay_quote_tokens=-1"),
+    ({"relay_quote_tokens": 2.5}, "relay_quote_tokens=2.5"),
     ({"relay_scope": ""}, "relay_scope"),
     ({"relay_scope": 7}, "relay_scope"),
     ({"relay_scope": "x" * 257}, "relay_scope"),

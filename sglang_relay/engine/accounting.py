@@ -20,11 +20,12 @@ def chunk_end(req: Req) -> int:
     return req.extend_end
 
 
-def begin_chunk(req: Req, state: RelayRequest, depths: DepthMap) -> None:
-    """Start counting anew at a first chunk, and at a new attempt after retraction, from the prefix the tree gave."""
+def begin_chunk(req: Req, state: RelayRequest, depths: DepthMap) -> bool:
+    """Start counting anew at a first chunk, and at a new attempt after retraction, from the prefix the tree gave.
+    Returns whether it is one."""
     if state.reached == req.prefix_len and state.reached >= 0:
-        return
-    for key in ("relayed", "recomputed", "fresh", "segments"):
+        return False
+    for key in ("relayed", "recomputed", "fresh", "segments", "quoted"):
         state.report[key] = 0
     state.report["exact"] = min(req.prefix_len, len(req.origin_input_ids))
     state.report["cost"] = 0.0
@@ -40,6 +41,7 @@ def begin_chunk(req: Req, state: RelayRequest, depths: DepthMap) -> None:
     state.report["depth"] = state.depth
     if state.depth == 0:
         _find(state, 0, req.prefix_len)
+    return True
 
 
 def _find(state: RelayRequest, start: int, stop: int) -> None:

@@ -12,6 +12,7 @@ from sglang.srt.plugins.hook_registry import HookRegistry, HookSource, HookType
 from sglang_relay.engine.adder import adder_class
 from sglang_relay.engine.fallback import relay_forward
 from sglang_relay.engine.manager import BatchPlan, RelayManager
+from sglang_relay.engine.quotes import repair_quotes
 from sglang_relay.engine.report import streamer_class
 
 SOURCE = HookSource(plugin_name="relay", dist_name="sglang-relay")
@@ -115,6 +116,7 @@ class SchedulerHooks:
     def forward(self, original: Callable[..., Any], runner: Any, batch: Any, *args: Any, **kwargs: Any) -> Any:
         if runner.is_draft_worker or self.relay.tools is None:
             return original(runner, batch, *args, **kwargs)
+        repair_quotes(self.relay, self.relay.tools, self._reqs, batch)
         if (hidden := self.relay.hidden) is not None:
             hidden.begin(batch)
         if (influence := self.relay.influence) is None:

@@ -58,11 +58,58 @@ class Span:
         return np.arange(self.source, self.source + self.length)
 
 
-class Layout:
-    """positions, owner: int64 numpy [rows], prompt position and request of each row. starts: int64 [requests + 1], rows
-    of each request. input_ids, out_loc: tensors [rows]. spans: reused tokens, by plan and position. fresh: bool [rows],
-    tokens that no donor holds. prefixes: int64 [requests], where each request's chunk begins. slots: per request, int64
-    [stop], the KV slot of each position.
+class Rows:
+    """Rows of a batch's requests that a stage may run, and the KV that they may see.
+
+    positions: int64 numpy [rows], prompt position of each row. starts: int64 [requests + 1], rows of each request.
+    input_ids, row_positions, out_loc: tensors [rows]. slots: per request, int64, the KV slot of each position as far as
+    rows of it see. is_batch: whether these are the rows of the batch itself.
+    """
+
+    batch: ForwardBatch
+    device: torch.device
+    positions: np.ndarray
+    starts: np.ndarray
+    input_ids: torch.Tensor
+    row_positions: torch.Tensor
+    out_loc: torch.Tensor
+    slots: list[torch.Tensor]
+    is_batch: bool
+
+    def tensor(self, values: np.ndarray) -> torch.Tensor:
+        """int64, on the batch's device; without waiting for it."""
+        return on_device(np.asarray(values, dtype=np.int64), self.device)
+
+    def per_request(self, rows: np.ndarray) -> np.ndarray:
+        """int64 [requests]: how many of the ascending ``rows`` each request has."""
+        return np.diff(np.searchsorted(rows, self.starts))
+
+    def sequences(self, rows: np.ndarray, missing: np.ndarray | None = None) -> list[Sequence]:
+        """Attention of the ascending ``rows`` over each request's KV. missing: bool [all rows], those whose K and V are
+        not computed yet; nothing may see them."""
+        cuts = np.searchsorted(rows, self.starts)
+        return [self._sequence(i, self.positions[rows[a:b]], missing) for i, (a, b) in enumerate(_pairs(cuts))]
+
+    def _sequence(self, request: int, positions: np.ndarray, missing: np.ndarray | None) -> Sequence:
+        stop = int(positions[-1]) + 1 if len(positions) else 0
+        slots = self.slots[request]
+        keys = self.keys(request, stop, missing)
+        return Sequence(positions, slots[:stop] if len(keys) == stop else slots[self.tensor(keys)], keys)
+
+    def keys(self, request: int, stop: int, missing: np.ndarray | None) -> np.ndarray:
+        """int64: positions below ``stop`` whose K and V exist."""
+        there = np.ones(stop, dtype=bool)
+        if missing is not None and stop:
+            rows = slice(self.starts[request], self.starts[request + 1])
+            absent = self.positions[rows][missing[rows]]
+            there[absent[absent < stop]] = False
+        return np.flatnonzero(there)
+
+
+class Layout(Rows):
+    """The rows of a relayed prefill. owner: int64 numpy [rows], request of each row. spans: reused tokens, by plan and
+    position. fresh: bool [rows], tokens that no donor holds. prefixes: int64 [requests], where each request's chunk
+    begins. slots: of every position up to the chunk's end.
 
     Raises Decline when the batch is not what was planned.
     """
@@ -88,7 +135,7 @@ class Layout:
         self.positions = np.concatenate([np.arange(a, b) for a, b in zip(firsts, self.stops, strict=True)])
         self.owner = np.repeat(np.arange(len(counts)), counts)
         table = runner.req_to_token_pool.req_to_token
-        self.slots = [table[row, :end].long() for row, end in zip(_pool_rows(batch), self.stops, strict=True)]
+        self.slots = [table[row, :end].long() for row, end in zip(pool_rows(batch), self.stops, strict=True)]
         self.is_batch = firsts == prefixes
         self.input_ids, self.row_positions, self.out_loc = batch.input_ids, batch.positions, batch.out_cache_loc
         if not self.is_batch:
@@ -120,10 +167,6 @@ class Layout:
             found.append(Span(number, *rows, s.start, s.end, s.index, s.exact, s.source, s.slots))
         return found
 
-    def tensor(self, values: np.ndarray) -> torch.Tensor:
-        """int64, on the batch's device; without waiting for it."""
-        return on_device(np.asarray(values, dtype=np.int64), self.device)
-
     def approximate(self, number: int | None = None) -> list[Span]:
         """Spans of plan ``number``, or of all, whose KV is not exact."""
         return [s for s in self.spans if not s.exact and number in (None, s.plan)]
@@ -136,33 +179,8 @@ class Layout:
         """int64, on the batch's device: where the KV of their donors lies, one span after another."""
         return torch.cat([s.slots for s in spans if s.slots is not None]).to(self.device)
 
-    def per_request(self, rows: np.ndarray) -> np.ndarray:
-        """int64 [requests]: how many of the ascending ``rows`` each request has."""
-        return np.diff(np.searchsorted(rows, self.starts))
 
-    def sequences(self, rows: np.ndarray, missing: np.ndarray | None = None) -> list[Sequence]:
-        """Attention of the ascending ``rows`` over each request's KV. missing: bool [rows of the layout], rows whose K
-        and V are not computed yet; nothing may see them."""
-        cuts = np.searchsorted(rows, self.starts)
-        return [self._sequence(i, self.positions[rows[a:b]], missing) for i, (a, b) in enumerate(_pairs(cuts))]
-
-    def _sequence(self, request: int, positions: np.ndarray, missing: np.ndarray | None) -> Sequence:
-        stop = int(positions[-1]) + 1 if len(positions) else 0
-        slots = self.slots[request]
-        keys = self.keys(request, stop, missing)
-        return Sequence(positions, slots[:stop] if len(keys) == stop else slots[self.tensor(keys)], keys)
-
-    def keys(self, request: int, stop: int, missing: np.ndarray | None) -> np.ndarray:
-        """int64: positions below ``stop`` whose K and V exist."""
-        there = np.ones(stop, dtype=bool)
-        if missing is not None and stop:
-            rows = slice(self.starts[request], self.starts[request + 1])
-            absent = self.positions[rows][missing[rows]]
-            there[absent[absent < stop]] = False
-        return np.flatnonzero(there)
-
-
-def _pool_rows(batch: ForwardBatch) -> list[int]:
+def pool_rows(batch: ForwardBatch) -> list[int]:
     """Rows of the requests in req_to_token; from the host's copy where it is complete, which spares a sync."""
     known = batch.req_pool_indices_cpu
     complete = known is not None and len(known) == batch.batch_size

@@ -13,6 +13,7 @@ from sglang_relay.config import RelayConfig
 from sglang_relay.engine.accounting import own_spans
 from sglang_relay.engine.donors import Donors, tokens_of
 from sglang_relay.engine.namespaces import Namespaces
+from sglang_relay.engine.quotes import QuoteBook
 from sglang_relay.engine.report import Stats
 from sglang_relay.engine.requests import RelayRequest, relay_of
 from sglang_relay.index import ContentIndex, DepthMap
@@ -56,6 +57,7 @@ class Learning:
         )
         self.donors = Donors(tree, self.index)
         self.depths = DepthMap(base, max_entries=_DEPTH_MARKS)
+        self.quotes = QuoteBook()
         self.version = 0
         self._config = config
         self._namespaces = namespaces
@@ -136,6 +138,7 @@ class Learning:
         """The tree was reset: no donor's KV is left."""
         self.index.clear()
         self.depths.clear()
+        self.quotes.clear()
         self.version += 1
         self._namespaces.exact_is_current = True
 
@@ -146,6 +149,7 @@ class Learning:
         """
         self._namespaces.epoch += 1
         self.index.clear()
+        self.quotes.clear()
         self.version += 1
         if begin:
             self._namespaces.exact_is_current = False

@@ -103,7 +103,7 @@ class RelayManager:
             self.costs = Costs(consensus, self.failure, layers=num_layers, chunk=chunk, probe_queries=queries)
         self.matcher = Matcher(config, self.donors, learning.depths, self.namespaces, self.costs)
         self.layers = config.resolve_layer_range(num_layers)
-        self._num_layers = num_layers
+        self.num_layers = num_layers
         self._policies = make_policies(config, num_layers)
         for name, budget in budgets.items():
             self._policies[name].default_budget = budget
@@ -231,8 +231,9 @@ class RelayManager:
         states = [relay_of(r) for r in batch.reqs]
         try:
             for req, state in zip(batch.reqs, states, strict=True):
-                if state is not None:
-                    begin_chunk(req, state, self.learning.depths)
+                if state is not None and begin_chunk(req, state, self.learning.depths):
+                    follows = state.depth and state.controls.quote_tokens
+                    state.quotes = self.learning.quotes.found(req) if follows else None
         except Exception as error:
             self.failure("report", error)
         planned = self._agreed_plan(batch, states) if any(s is not None and s.relays for s in states) else None
@@ -339,8 +340,24 @@ class RelayManager:
                     report["entry"] = "hidden" if done.entered else "embeddings:not_held"
                 if done.influence:
                     report["influence"] = "used"
-                report["cost"] = round(state.layers / max(1, state.reused * self._num_layers), 4)
+                if done.unselected is not None and state.controls.quote_tokens:
+                    state.quotes = self.learning.quotes.placed(planned.reqs[plan.row], state.quotes, done.unselected)
+                self._report_cost(state)
             self.stats.repaired(done.selected + (reused if planned.policy.exact else 0))
+
+    def _report_cost(self, state: RelayRequest) -> None:
+        state.report["cost"] = round(state.layers / max(1, state.reused * self.num_layers), 4)
+
+    def count_quoted(self, state: RelayRequest, tokens: int) -> None:
+        """So many reused tokens of a request have been recomputed while it decodes."""
+        report = state.report
+        inside = min(tokens, report["relayed"])
+        report["relayed"] -= inside
+        report["recomputed"] += inside
+        report["quoted"] += tokens
+        state.layers += tokens * self.num_layers
+        self._report_cost(state)
+        self.stats.quoted(tokens)
 
     # ------------------------------------------------------------------ failures
 

@@ -21,6 +21,8 @@ class Stats:
     """exact: copied prefix; reused: donor KV placed; fresh: computed because no donor held it."""
     declined: Counter[str] = field(default_factory=Counter)
     recomputed: int = 0
+    quoted_tokens: int = 0
+    """Of the recomputed ones, those that answers quoted."""
     batches: int = 0
     fallbacks: int = 0
     audits: int = 0
@@ -68,11 +70,18 @@ class Stats:
         if self.metrics is not None:
             self.metrics.recomputed.inc(count)
 
+    def quoted(self, count: int) -> None:
+        self.quoted_tokens += count
+        self.repaired(count)
+        if self.metrics is not None:
+            self.metrics.quoted.inc(count)
+
     def as_dict(self) -> dict[str, Any]:
         """Plain types only: SGLang sends it as msgpack."""
         return {
             "tokens": dict(self.tokens),
             "recomputed": self.recomputed,
+            "quoted": self.quoted_tokens,
             "declined": dict(self.declined),
             "batches": self.batches,
             "fallbacks": self.fallbacks,
@@ -100,6 +109,7 @@ class Metrics:
         self.tokens = counter("tokens_total", "Prompt tokens by what the relay did with them.", "kind")
         self.declined = counter("declined_total", "Requests or chunks served without reuse, by reason.", "reason")
         self.recomputed = counter("recomputed_tokens_total", "Reused tokens that the policy computed again.")
+        self.quoted = counter("quoted_tokens_total", "Recomputed tokens that an answer quoted while it was decoded.")
         self.batches = counter("batches_total", "Prefill batches that went through the relay.")
         self.audits = counter("audits_total", "Relayed requests that were computed exactly too, and served so.")
         self.fallbacks = counter("fallbacks_total", "Relay batches that ran on the stock path after a host failure.")

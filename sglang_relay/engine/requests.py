@@ -16,12 +16,13 @@ from sglang_relay.policies import Policy
 
 if TYPE_CHECKING:
     from sglang_relay.engine.influence import Collected
+    from sglang_relay.engine.quotes import Quotes
 
 _MODES = ("on", "off", "exact")
 _DONATE = ("output", "all", "none")
 _KEYS = (
     *("relay", "relay_policy", "relay_budget", "relay_donate", "relay_scope", "relay_capture"),
-    "relay_generated_from",
+    *("relay_generated_from", "relay_quote_tokens"),
 )
 
 
@@ -29,7 +30,10 @@ _KEYS = (
 class Controls:
     """Validated wishes of one request. mode: on, off or exact; donate: output, all or none; budget: what the policy
     may recompute, None for policies that take none and for thresholds without a cap; generated_from: prompt tokens from
-    this one on are a transcript: donated, and their influence collected (engine/influence.py), as if decoded."""
+    this one on are a transcript: donated, and their influence collected (engine/influence.py), as if decoded.
+    quote_tokens: how far ahead quotes are recomputed (quotes.py); other_quotes: whether the server's settings say
+    otherwise.
+    """
 
     mode: str
     policy: str
@@ -37,11 +41,14 @@ class Controls:
     donate: str
     scope: str | None
     generated_from: int | None = None
+    quote_tokens: int = 0
+    other_quotes: bool = False
 
     @property
     def tier(self) -> str:
         """Requests of one tier share a relay namespace: their KV is of one making."""
-        return self.policy if self.budget is None else f"{self.policy}@{self.budget}"
+        tier = self.policy if self.budget is None else f"{self.policy}@{self.budget}"
+        return f"{tier}+quote_tokens={self.quote_tokens}" if self.other_quotes else tier
 
 
 def read_controls(params: Mapping[str, Any] | None, config: RelayConfig, policies: Mapping[str, Policy]) -> Controls:
@@ -56,6 +63,9 @@ def read_controls(params: Mapping[str, Any] | None, config: RelayConfig, policie
         raise Decline("bad_custom_params", "relay_scope: allowed is a text of 1 to 256 characters")
     mode = _choice(given, "relay", config.default, _MODES)
     donate = _choice(given, "relay_donate", config.donate, _DONATE)
+    follows = policies[name].follows_quotes
+    asked, usual = _count(given, "relay_quote_tokens"), config.quote_tokens
+    quotes = (usual if asked is None else asked) if follows else 0
     return Controls(
         mode=mode,
         policy=name,
@@ -63,6 +73,8 @@ def read_controls(params: Mapping[str, Any] | None, config: RelayConfig, policie
         donate="none" if mode == "off" else donate,
         scope=scope,
         generated_from=_count(given, "relay_generated_from"),
+        quote_tokens=quotes,
+        other_quotes=follows and quotes != usual,
     )
 
 
@@ -133,6 +145,8 @@ class RelayRequest:
     """What its decoding has collected (engine/influence.py)."""
     own: list[tuple[int, int]] = field(default_factory=list)
     """Prompt ranges that no donor lent: computed by this request, or found as exact KV. What it may donate."""
+    quotes: Quotes | None = None
+    """What its decoding may still recompute (engine/quotes.py)."""
     found: int = 0
     """End of the last range that was found: another request may have donated it already."""
 
@@ -149,7 +163,8 @@ def relay_of(req: Any) -> RelayRequest | None:
 def new_report(policy: str | None, declined: str | None) -> dict[str, Any]:
     """``meta_info["relay"]``. exact: prefix hits and exact copies; relayed: donor KV used as it is; recomputed: reused
     tokens that the policy computed again; fresh: the rest. The four add up to the prompt. cost: token-layers that the
-    repair ran, its probe included, as a share of the reused tokens' token-layers. Under policy ``relay`` also
+    repair ran, its probe included, as a share of the reused tokens' token-layers. quoted: how many of the recomputed
+    tokens the answer quoted, recomputed while it was decoded. Under policy ``relay`` also
     influence: ``used``, ``none`` (no reused token has one), or ``unavailable:`` and why; and entry: ``hidden`` or
     ``embeddings``, where the reused tokens entered, and why."""
     return {
@@ -159,6 +174,7 @@ def new_report(policy: str | None, declined: str | None) -> dict[str, Any]:
         "fresh": 0,
         "segments": 0,
         "cost": 0.0,
+        "quoted": 0,
         "policy": policy,
         "depth": 0,
         "declined": declined,

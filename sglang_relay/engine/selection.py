@@ -24,12 +24,21 @@ if TYPE_CHECKING:
 class Work(NamedTuple):
     """What one plan's repair took. selected: reused tokens that the policy chose; layers: token-layers that ran on
     account of the repair, probe pass and rows of earlier chunks included; influence: reused tokens that have one;
-    entered: whether reused tokens entered with stored hidden states."""
+    unselected: reused tokens that keep what was placed or interpolated, None where nobody asks for them; entered:
+    whether reused tokens entered with stored hidden states."""
 
     selected: int
     layers: int
     influence: int
+    unselected: Unselected | None
     entered: bool
+
+
+class Unselected(NamedTuple):
+    """positions: int64 numpy [n], ascending, in the prompt; slots: int64 [n], the request's own KV slots of them."""
+
+    positions: np.ndarray
+    slots: torch.Tensor
 
 
 class _Asked(NamedTuple):
@@ -58,6 +67,7 @@ class Selection:
         self._selected = [0] * plans
         self._layers = [0] * plans
         self._known = [0] * plans
+        self._unselected: list[Unselected | None] = [None] * plans
 
     def charge(self, number: int, layers: int) -> None:
         """Plan ``number`` runs that many token-layers on account of its repair."""
@@ -65,7 +75,8 @@ class Selection:
 
     def work(self, *, entered: bool) -> list[Work]:
         """Per plan."""
-        return [Work(*counts, entered) for counts in zip(self._selected, self._layers, self._known, strict=True)]
+        counts = zip(self._selected, self._layers, self._known, self._unselected, strict=True)
+        return [Work(*of_plan, entered) for of_plan in counts]
 
     # ------------------------------------------------------------------ measure
 
@@ -151,6 +162,10 @@ class Selection:
             if policy.interpolates:
                 self._interpolate(a.view, a.rows, keep)
             active[chosen] = True
+            if policy.follows_quotes:
+                rest = a.rows[~keep]
+                slots = self._layout.out_loc.index_select(0, self._layout.tensor(rest)).long()
+                self._unselected[a.plan] = Unselected(self._layout.positions[rest], slots)
             self._selected[a.plan] = len(chosen)
             self.charge(a.plan, len(chosen) * (policy.until - policy.whole))
         return np.flatnonzero(active)

@@ -24,7 +24,7 @@ from sglang.srt.runtime_context import get_model
 from sglang_relay.attention import StageAttention
 from sglang_relay.engine.backend import LayerDone, RelayAttentionBackend
 from sglang_relay.engine.graphs import PrefillGraphs
-from sglang_relay.engine.layout import Layout
+from sglang_relay.engine.layout import Rows
 
 if TYPE_CHECKING:
     from sglang.srt.model_executor.forward_batch_info import ForwardBatch
@@ -37,7 +37,7 @@ class Stage:
     def __init__(
         self,
         model: Any,
-        layout: Layout,
+        layout: Rows,
         backend: RelayAttentionBackend,
         rows: np.ndarray,
         attention: StageAttention,
@@ -128,6 +128,11 @@ class Stage:
             rest[old] = residual
         handle, self._batch.residual_stream = ResidualStream.from_handoff(joined, rest, PLAIN_ADD)
         self._batch.hidden_states = handle  # type: ignore[assignment]
+
+    @property
+    def failure(self) -> BaseException | None:
+        """What went wrong in the attention of a layer; the layers go on without."""
+        return self._backend.failure
 
     def replays(self, start: int, stop: int) -> bool:
         """Whether layers ``[start, stop)`` come from captured graphs."""

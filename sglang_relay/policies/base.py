@@ -60,6 +60,8 @@ class Policy(ABC):
     """Kinds of budget the policy takes."""
     interpolates: ClassVar[bool] = False
     """Whether what changes on the selected tokens is carried over to the others (attention/interpolation.py)."""
+    follows_quotes: ClassVar[bool] = False
+    """Whether what the answer quotes of a reused segment is recomputed while it decodes (quotes.py)."""
     reads_influence: ClassVar[bool] = False
     """Whether it selects by decode influence, too, where that is collected."""
     default_budget: Budget | None = None

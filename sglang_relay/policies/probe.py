@@ -24,6 +24,7 @@ class Probe(Policy):
     name = "probe"
     signal = "probe"
     interpolates = True
+    follows_quotes = True
     budgets = ("share", "tokens", "coverage")
     default_budget: Budget = Budget("share", NAMED["default"])
     whole = 0
@@ -54,3 +55,4 @@ class ProbeOnly(Probe):
 
     name = "probe_only"
     interpolates = False
+    follows_quotes = False

@@ -1,0 +1,187 @@
+"""Repair while decoding: before a decode step, reused tokens that an answer is about to quote are recomputed.
+
+Runs in front of the step as a pass of its own over the quotes of all requests of the batch, eager, so a step that
+replays a captured graph does not change. The pass writes K and V of its rows in all layers, and nothing else.
+
+A request's prompt may be in the tree by now, and other requests of its namespace read the same slots: they find KV that
+is closer to exact. Where the tree kept slots of its own instead, made by another request and perhaps exact, nothing is
+written.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from sglang_relay.engine.backend import RelayAttentionBackend
+from sglang_relay.engine.consensus import digest_of
+from sglang_relay.engine.donors import tokens_of
+from sglang_relay.engine.layout import Rows, pool_rows
+from sglang_relay.engine.requests import RelayRequest, relay_of
+from sglang_relay.engine.selection import Unselected
+from sglang_relay.engine.stage import Stage
+from sglang_relay.quotes import LONGEST, quoted
+from sglang_relay.transfer import on_device
+
+if TYPE_CHECKING:
+    from sglang.srt.managers.schedule_batch import Req
+    from sglang.srt.model_executor.forward_batch_info import ForwardBatch
+
+    from sglang_relay.engine.manager import RelayManager
+    from sglang_relay.engine.tools import ForwardTools
+
+NOWHERE = 0
+"""The slot that SGLang keeps for what nobody reads (mem_cache/allocator/base.py)."""
+
+REMEMBERED = 64
+"""Prompts whose unselected tokens are known to requests that find them in the tree."""
+
+
+class Quotes:
+    """Reused tokens of one prompt that were not recomputed.
+
+    tokens: int32 numpy [n], the prompt. rest: those tokens.
+    """
+
+    def __init__(self, tokens: np.ndarray, rest: Unselected) -> None:
+        self.tokens = tokens
+        self._rest = rest
+        self._stale = np.zeros(len(tokens), dtype=bool)
+        self._stale[rest.positions] = True
+
+    def wanted(self, answer: Sequence[int], ahead: int) -> np.ndarray:
+        """Positions to recompute now (``quotes.py``), and never again."""
+        found = quoted(self.tokens, answer, self._stale, ahead)
+        self._stale[found] = False
+        return found
+
+    def slots(self, positions: np.ndarray) -> torch.Tensor:
+        """int64: where K and V of ``positions`` were written when they were placed."""
+        at = np.searchsorted(self._rest.positions, positions)
+        return self._rest.slots.index_select(0, on_device(at, self._rest.slots.device))
+
+    def before(self, stop: int) -> Unselected:
+        """What is left of them before ``stop``."""
+        positions = self._rest.positions[: np.searchsorted(self._rest.positions, stop)]
+        positions = positions[self._stale[positions]]
+        return Unselected(positions, self.slots(positions))
+
+
+class QuoteBook:
+    """What recent prompts left unselected, for their own decoding and for requests that find them in the tree: forks,
+    later turns. Slots are compared before they are written, so that a path which has been evicted is left alone."""
+
+    def __init__(self) -> None:
+        self._recent: deque[tuple[str | None, Quotes]] = deque(maxlen=REMEMBERED)
+
+    def found(self, req: Req) -> Quotes | None:
+        """Of what ``req`` found in the tree; None where nothing is known."""
+        tokens = tokens_of(req)
+        best: tuple[int, Quotes | None] = (0, None)
+        for key, quotes in self._recent:
+            if key == req.extra_key:
+                best = max(best, (_common(quotes.tokens, tokens[: req.prefix_len]), quotes), key=lambda b: b[0])
+        rest = best[1].before(best[0]) if best[1] is not None else None
+        return Quotes(tokens, rest) if rest is not None and len(rest.positions) else None
+
+    def placed(self, req: Req, before: Quotes | None, rest: Unselected) -> Quotes:
+        """``req`` has been prefilled and left ``rest``; ``before``: what it had found."""
+        if before is not None and len(rest.positions):
+            found = before.before(int(rest.positions[0]))
+            slots = torch.cat((found.slots, rest.slots))
+            rest = Unselected(np.concatenate((found.positions, rest.positions)), slots)
+        quotes = Quotes(tokens_of(req), rest)
+        self._recent.appendleft((req.extra_key, quotes))
+        return quotes
+
+    def clear(self) -> None:
+        self._recent.clear()
+
+
+def _common(a: np.ndarray, b: np.ndarray) -> int:
+    """Tokens up to the first that differs."""
+    n = min(len(a), len(b))
+    differ = np.flatnonzero(a[:n] != b[:n])
+    return int(differ[0]) if len(differ) else n
+
+
+class QuotedRows(Rows):
+    """wanted: per request of the batch, ascending positions of its prompt, and its `Quotes`; None for no rows."""
+
+    def __init__(self, runner: Any, batch: ForwardBatch, wanted: list[tuple[np.ndarray, Quotes] | None]) -> None:
+        self.batch, self.device, self.is_batch = batch, batch.out_cache_loc.device, False
+        counts = [0 if w is None else len(w[0]) for w in wanted]
+        self.starts = np.concatenate(([0], np.cumsum(counts))).astype(np.int64)
+        own = [w for w in wanted if w is not None]
+        self.positions = np.concatenate([positions for positions, _ in own])
+        ids = np.concatenate([quotes.tokens[positions] for positions, quotes in own])
+        self.input_ids = on_device(ids, self.device).to(batch.input_ids.dtype)
+        self.row_positions = self.tensor(self.positions).to(batch.positions.dtype)
+        table, rows = runner.req_to_token_pool.req_to_token, pool_rows(batch)
+        ends = [0 if w is None else int(w[0][-1]) + 1 for w in wanted]
+        self.slots = [table[row, :end].long() for row, end in zip(rows, ends, strict=True)]
+        pairs = [(slots, *w) for slots, w in zip(self.slots, wanted, strict=True) if w is not None]
+        now = torch.cat([slots.index_select(0, self.tensor(positions)) for slots, positions, _ in pairs])
+        written = torch.cat([quotes.slots(positions) for _, positions, quotes in pairs])
+        self.out_loc = torch.where(now == written, now, NOWHERE).to(batch.out_cache_loc.dtype)
+
+
+def repair_quotes(relay: RelayManager, tools: ForwardTools, reqs: list[Req], batch: ForwardBatch) -> None:
+    """``batch`` is about to run: if it decodes, recompute what the answers of ``reqs`` have begun to quote.
+
+    After a failure the batch's requests quote what they have. With several ranks all of them agree at every step of a
+    batch in which one request may still quote, and once more behind a pass.
+    """
+    if not batch.forward_mode.is_decode() or len(reqs) != batch.batch_size:
+        return
+    states = [relay_of(req) for req in reqs]
+    watched = [s for s in states if s is not None and s.quotes is not None]
+    if not watched:
+        return
+    failure, stage, wanted = None, None, []
+    try:
+        wanted = [_wanted(req, state) for req, state in zip(reqs, states, strict=True)]
+        if any(w is not None for w in wanted):
+            stage = _stage(tools, batch, wanted)
+    except Exception as error:
+        failure = relay.failure("quotes", error)
+    agreed = relay.consensus.agree(failure is None, digest_of([None if w is None else w[0].tolist() for w in wanted]))
+    if agreed and stage is not None and (agreed := _run(relay, stage)):
+        for state, found in zip(states, wanted, strict=True):
+            if state is not None and found is not None:
+                relay.count_quoted(state, len(found[0]))
+    if not agreed:
+        for state in watched:
+            state.quotes = None
+
+
+def _wanted(req: Req, state: RelayRequest | None) -> tuple[np.ndarray, Quotes] | None:
+    if state is None or state.quotes is None:
+        return None
+    found = state.quotes.wanted(req.output_ids[-LONGEST:], state.controls.quote_tokens)
+    return (found, state.quotes) if len(found) else None
+
+
+def _stage(tools: ForwardTools, batch: ForwardBatch, wanted: list[tuple[np.ndarray, Quotes] | None]) -> Stage:
+    rows = QuotedRows(tools.runner, batch, wanted)
+    every = np.arange(len(rows.positions))
+    backend = RelayAttentionBackend(tools.runner, tools.ops)
+    attention = tools.attention.plan(rows.sequences(every), dtype=tools.runner.dtype, device=rows.device)
+    return Stage(tools.runner.model, rows, backend, every, attention)
+
+
+@torch.no_grad()
+def _run(relay: RelayManager, stage: Stage) -> bool:
+    """Whether the pass succeeded, on all ranks. One that did not leaves some layers recomputed and others not."""
+    failure = None
+    try:
+        stage.keys_and_values(0, relay.num_layers - 1)
+    except Exception as error:
+        failure = relay.failure("quotes", error)
+    if failure is None and stage.failure is not None:
+        failure = relay.failure("quotes", stage.failure)
+    return relay.consensus.agree(failure is None, 0)

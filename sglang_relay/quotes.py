@@ -1,0 +1,55 @@
+"""What an answer quotes of its prompt, found by comparing tokens.
+
+A probe asks before the answer begins, when nobody knows yet which phrase it will quote; recomputing a quote's tokens
+when its first ones have been decoded costs a few rows and brings such answers back (docs/fidelity.md, "Answers that
+quote").
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+SHORTEST = 2
+"""Decoded tokens, the latest ones, that must stand in the prompt: one is mostly no quote."""
+LONGEST = 16
+"""A longer agreement makes no place in the prompt a better one."""
+PLACES = 2
+"""Where the text stands several times in the prompt, that many places count: the latest of the
+longest agreements, then those that are next in length, the first of equal ones."""
+
+
+def quoted(tokens: np.ndarray, answer: Sequence[int], stale: np.ndarray, ahead: int) -> np.ndarray:
+    """Positions to recompute now, int64, ascending: of the ``ahead`` tokens behind what the answer agrees with, those
+    that are stale. None where the one that comes next is not.
+
+    tokens: int [n], the prompt. answer: decoded tokens, at least the latest `LONGEST`. stale: bool [n], tokens whose KV
+    was not computed for this prompt.
+    """
+    recent = np.asarray(answer[-LONGEST:])
+    none = np.empty(0, dtype=np.int64)
+    if len(recent) < SHORTEST or len(tokens) <= SHORTEST or not stale.any():
+        return none
+    ends = np.arange(SHORTEST - 1, len(tokens) - 1)
+    for back in range(SHORTEST):
+        ends = ends[tokens[ends - back] == recent[-1 - back]]
+    if not len(ends):
+        return none
+    lengths = _agreement(tokens, recent, ends)
+    order = np.argsort(-lengths, kind="stable")
+    latest = np.count_nonzero(lengths == lengths[order[0]]) - 1
+    best = [order[latest], *np.delete(order, latest)[: PLACES - 1]]
+    wanted = np.zeros(len(tokens), dtype=bool)
+    for end in ends[best].tolist():
+        if stale[end + 1]:
+            wanted[end + 1 : end + 1 + ahead] = True
+    return np.flatnonzero(wanted & stale)
+
+
+def _agreement(tokens: np.ndarray, recent: np.ndarray, ends: np.ndarray) -> np.ndarray:
+    """int64 [len(ends)]: how many tokens up to each end equal the latest ones of ``recent``."""
+    back = np.arange(len(recent))
+    at = ends[:, None] - back
+    same = (tokens[np.maximum(at, 0)] == recent[::-1]) & (at >= 0)
+    return np.where(same.all(1), len(recent), same.argmin(1))

@@ -1,0 +1,72 @@
+"""Which tokens of a prompt an answer is about to quote, against the definition read token by token."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sglang_relay.quotes import LONGEST, PLACES, SHORTEST, quoted
+
+TEXT = np.array([9, 9, 1, 2, 3, 4, 5, 6, 7, 8, 9, 9, 1, 2, 3, 8, 8, 1, 2, 3, 5, 8], dtype=np.int32)
+ALL = np.ones(len(TEXT), dtype=bool)
+
+
+def test_what_follows_the_quote() -> None:
+    assert quoted(TEXT, [7, 3, 4, 5], ALL, 2).tolist() == [7, 8]
+
+
+def test_of_several_places_the_latest_of_the_longest_and_the_first_others() -> None:
+    """1 2 3 stands three times, with 9 9 before it twice."""
+    assert quoted(TEXT, [4, 2, 3], ALL, 1).tolist() == [5, 20]
+    assert quoted(TEXT, [4, 1, 2, 3], ALL, 1).tolist() == [5, 20]
+    assert quoted(TEXT, [4, 9, 1, 2, 3], ALL, 1).tolist() == [5, 15]
+    assert quoted(TEXT, [8, 9, 9, 1, 2, 3], ALL, 1).tolist() == [5, 15]
+    known = ALL.copy()
+    known[5] = False  # what follows at the first place needs nothing
+    assert quoted(TEXT, [4, 1, 2, 3], known, 1).tolist() == [20]
+
+
+@pytest.mark.parametrize("answer", [[], [3], [5, 4], [5, 8], [4, 3, 5, 8], [1, 2, 3, 11]])
+def test_no_quote(answer: list[int]) -> None:
+    """Too short, in another order, at the prompt's very end, or over."""
+    assert quoted(TEXT, answer, ALL, 8).tolist() == []
+
+
+def test_nothing_where_the_next_token_is_not_stale() -> None:
+    stale = ALL.copy()
+    stale[7] = False
+    assert quoted(TEXT, [3, 4, 5], stale, 8).tolist() == []
+    assert quoted(TEXT, [2, 3, 4], stale, 3).tolist() == [6, 8]
+
+
+def literal(tokens: list[int], answer: list[int], stale: list[bool], ahead: int) -> list[int]:
+    places = []
+    for end in range(len(tokens) - 1):
+        length = 0
+        while (
+            length < min(LONGEST, len(answer))
+            and end - length >= 0
+            and tokens[end - length] == answer[len(answer) - 1 - length]
+        ):
+            length += 1
+        if length >= SHORTEST:
+            places.append((length, end))
+    found: set[int] = set()
+    latest = max(places, default=None)
+    others = sorted((-length, end) for length, end in places if (length, end) != latest)
+    for end in [e for _, e in ([latest] if latest else []) + others][:PLACES]:
+        if stale[end + 1]:
+            found |= {p for p in range(end + 1, end + 1 + ahead) if p < len(tokens) and stale[p]}
+    return sorted(found)
+
+
+@given(st.data(), st.integers(0, 12))
+def test_as_defined(data: st.DataObject, ahead: int) -> None:
+    tokens = data.draw(st.lists(st.integers(0, 2), max_size=60))
+    start = data.draw(st.integers(0, len(tokens)))
+    answer = data.draw(st.lists(st.integers(0, 2), max_size=8)) + tokens[start : start + data.draw(st.integers(0, 25))]
+    stale = data.draw(st.lists(st.booleans(), min_size=len(tokens), max_size=len(tokens)))
+    got = quoted(np.array(tokens, dtype=np.int32), answer, np.array(stale, dtype=bool), ahead)
+    assert got.dtype == np.int64 and got.tolist() == literal(tokens, answer, stale, ahead)
