@@ -27,7 +27,7 @@ import numpy as np
 
 from sglang_relay.fetch_model import ensure_model
 from sglang_relay.measure.chains import FORCED, Decoding, build_chains
-from sglang_relay.measure.divergence import FLOOR, SERVER_ARGS, Case, Choice, Head, measure, parse_choice
+from sglang_relay.measure.divergence import FLOOR, SERVER_ARGS, Case, Choice, measure, parse_choice
 from sglang_relay.measure.server import Server
 from sglang_relay.measure.statistics import Estimate, gap_closed, paired, summarise
 from sglang_relay.measure.tasks import SPLITS, load_tasks
@@ -57,7 +57,7 @@ def run(args: argparse.Namespace) -> list[Case]:
     env = {} if args.route_above is None else {"SGLANG_RELAY_ROUTE_ABOVE": str(args.route_above)}
     with Server(model, *SERVER_ARGS, *settings, *args.server_args.split(), env=env) as server:
         chains = build_chains(server, model, tasks, decoding, dtype=args.dtype, progress=_say)
-        return measure(server, Head(model), chains, args.policies, progress=_say)
+        return measure(server, chains, args.policies, progress=_say)
 
 
 def _say(message: str) -> None:

@@ -26,7 +26,7 @@ from transformers import AutoTokenizer
 from bench.fidelity import MODEL, policies_argument
 from bench.ttft import Prompts, first_token_s
 from sglang_relay.fetch_model import ensure_model
-from sglang_relay.measure.divergence import SERVER_ARGS, Choice, Head, compare, cost_of, read, require_reuse
+from sglang_relay.measure.divergence import READ_ARGS, SERVER_ARGS, Choice, compare, cost_of, read, require_reuse
 from sglang_relay.measure.server import Server
 
 STOCK = "stock"
@@ -42,7 +42,7 @@ class Bench:
     """Two servers, the texts that agents decoded on one of them, and prompts that hold these texts."""
 
     def __init__(self, args: argparse.Namespace, stock: Server, relay: Server, model: str) -> None:
-        self.args, self.stock, self.relay, self.head = args, stock, relay, Head(model)
+        self.args, self.stock, self.relay = args, stock, relay
         tokenizer = AutoTokenizer.from_pretrained(model)
         self._prompts = Prompts(tokenizer, args)
         self._separator = tokenizer.encode(SEPARATOR, add_special_tokens=False)
@@ -103,10 +103,10 @@ class Bench:
         prompt = self.prompt(agent)
         forced = self.stock.generate(prompt, max_new_tokens=self.args.forced, ignore_eos=True)["output_ids"]
         exact = {"relay": "off"}
-        reference = read(self.relay, self.head, prompt, forced, exact, salt=f"reference {agent}").logprobs
+        reference = read(self.relay, prompt, forced, exact, salt=f"reference {agent}").logprobs
         # One that serves the prompt exactly goes last: from then on its KV is the exact prefix of this prompt.
         for choice in sorted(self._choices, key=lambda choice: rows[choice.label]["report"]["depth"] == 0):
-            found = compare(reference, read(self.relay, self.head, prompt, forced, choice.params).logprobs)
+            found = compare(reference, read(self.relay, prompt, forced, choice.params).logprobs)
             rows[choice.label]["kl_mean"] = float(np.mean(found.kl))
             _say(f"agent {agent}, {choice.label}: KL {np.mean(found.kl):.2e}")
 
@@ -117,8 +117,8 @@ def run(args: argparse.Namespace) -> dict[int, dict[str, dict[str, Any]]]:
     settings = ["--dtype", args.dtype, "--max-total-tokens", args.pool, *args.server_args.split()]
     results = {}
     with ExitStack() as stack:
-        # Both may return hidden states: it must not be the one difference between them that costs time.
-        stock = stack.enter_context(Server(model, *settings, "--enable-return-hidden-states"))
+        # What the measurement needs costs time, and must not be a difference between the two.
+        stock = stack.enter_context(Server(model, *settings, *READ_ARGS))
         relay = stack.enter_context(Server(model, *settings, *SERVER_ARGS))
         bench = Bench(args, stock, relay, model)
         # From the last agent down: a text that is not used for long is evicted, and the last agent uses all.

@@ -15,7 +15,7 @@ from sglang_relay.certificate import Candidate, Certificate, CertificateError, F
 from sglang_relay.config import RelayConfig
 from sglang_relay.identity import checkpoint_folder
 from sglang_relay.measure.chains import Decoding, build_chains
-from sglang_relay.measure.divergence import FLOOR, SERVER_ARGS, Case, Choice, Head, measure, parse_choice
+from sglang_relay.measure.divergence import FLOOR, SERVER_ARGS, Case, Choice, measure, parse_choice
 from sglang_relay.measure.private import POOL, served_identity
 from sglang_relay.measure.server import Server
 from sglang_relay.measure.tasks import Task, load_tasks
@@ -62,13 +62,12 @@ def certify(
     candidates = candidates_of(policies)
     tasks = spread(load_tasks("heldout") if data is None else read_tasks(data), cases)
     folder = checkpoint_folder(model)
-    head = Head(folder)
     with Server(folder, "--max-total-tokens", POOL, *server_args, *_FORCED) as server:
         state = _relay(server)
         _require_known(server, candidates)
         identity = served_identity(server, folder)
         chains = build_chains(server, folder, tasks, Decoding(), dtype=identity.dtype, progress=progress)
-        found = measure(server, head, chains, candidates, progress=progress)
+        found = measure(server, chains, candidates, progress=progress)
     of = {label: [case for case in found if case.policy == label] for label in {case.policy for case in found}}
     measured = [choice for choice in candidates if any(case.declined is None for case in of[choice.label])]
     if idle := [choice.label for choice in candidates if choice not in measured]:

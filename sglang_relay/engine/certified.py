@@ -31,9 +31,10 @@ CONSERVATIVE = ("probe", Budget("share", NAMED["careful"]))
 _SERVER = (
     *("attention_backend", "prefill_attention_backend", "decode_attention_backend", "triton_attention_reduce_in_fp32"),
     *("device", "tp_size", "ep_size", "moe_runner_backend", "model_impl", "json_model_override_args"),
-    *("page_size", "chunked_prefill_size", "enable_mixed_chunk", "enable_fp32_lm_head", "enable_tf32_matmul"),
+    *("page_size", "chunked_prefill_size", "enable_mixed_chunk", "enable_tf32_matmul"),
 )
-"""Fields of sglang's ServerArgs that may change an answer; dtypes and versions are the identity's."""
+"""Fields of sglang's ServerArgs that may change an answer; dtypes and versions are the identity's. Not
+``enable_fp32_lm_head``: measured servers always have it (measure/divergence.py), whatever the user's flags say."""
 
 _ELSEWHERE = frozenset(
     (

@@ -1,16 +1,14 @@
 """How far the answers of a policy are from full prefill, measured on a running server from outside.
 
-A prompt is read in two requests with the same ``custom_params``. The first is served as any request is, and leaves its
-KV in the namespace of its policy. The second repeats the prompt with forced tokens behind it and asks for hidden states
-and prompt logprobs from the prompt's last token on: so its prefix hit ends right before that token, and what it
-computes are the rows whose next-token distributions are compared. The server returns these rows behind the final norm
-(sglang/srt/layers/logits_processor.py, ``_get_hidden_states_to_store``); the distributions over the whole vocabulary
-are computed here, in float32, and checked against the server's own logprobs of the forced tokens.
+A prompt is read in one request that decodes: a logit processor (engine/forcing.py) keeps the logits of every step,
+float32 over the whole vocabulary, and forces the next token of a given continuation. So the request is served as any
+other is, what the server does between decode steps included, and all policies are compared behind the same tokens.
 """
 
 from __future__ import annotations
 
 import json
+import tempfile
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -26,8 +24,11 @@ from sglang_relay.measure.server import Server
 FLOOR = "floor"
 """Label of the noise floor: full prefill of the same prompt in two chunks instead of one."""
 
+READ_ARGS = ("--enable-custom-logit-processor", "--enable-fp32-lm-head")
+"""What a server needs to be read from. Logits that it rounds to bfloat16 would add 1e-2 nats of noise."""
+
 SERVER_ARGS = (
-    *("--radix-cache-backend", "relay", "--enable-return-hidden-states"),
+    *("--radix-cache-backend", "relay", *READ_ARGS),
     *("--relay-audit-every", "0", "--relay-cost-model", "false"),
 )
 """What a server needs to be measured: an audited request is served exactly, and so is one that relay would slow."""
@@ -35,16 +36,12 @@ SERVER_ARGS = (
 CHOSEN_DECLINES = ("long_suffix", "below_min_relayed")
 """Declines by which the server chooses full prefill; any other one means that the policy was not measured."""
 
-_LOGPROB_TOLERANCE = 0.1
-"""Largest mean difference, in nats, between the server's logprobs and those computed here. Logits that the server
-rounds to bfloat16 explain 0.01 to 0.02; a forgotten norm, scale or soft cap gives whole nats."""
-
+_PROCESSOR = json.dumps({"callable": b"csglang_relay.engine.forcing\nForced\n.".hex()})
+"""The class `engine.forcing.Forced`, pickled by name, as ``CustomLogitProcessor.from_str`` reads it: a client that only
+measures need not import SGLang."""
 
 _FOUND = 0.95
 """Least share of the donors' tokens that must be found again; page borders may cost some."""
-
-_MAX_PAGE = 64
-"""Largest page size; a prefix hit ends at a full page."""
 
 
 class MeasureError(RuntimeError):
@@ -83,36 +80,9 @@ def _value(text: str) -> Any:
         return text
 
 
-class Head:
-    """The checkpoint's projection from hidden states to logits, in float32."""
-
-    def __init__(self, model: str | Path) -> None:
-        folder = Path(model)
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        tied = config.get("text_config", config).get("tie_word_embeddings", False)
-        self._weight = _tensor(folder, "embed_tokens.weight" if tied else "lm_head.weight").float()
-
-    @torch.inference_mode()
-    def logprobs(self, hidden: Sequence[Sequence[float]]) -> np.ndarray:
-        """Log-probabilities, float32 [rows, vocab], of the token behind each row of ``hidden`` [rows, width]."""
-        rows = torch.tensor(hidden, dtype=torch.float32)
-        return torch.log_softmax(rows @ self._weight.T, dim=-1).numpy()
-
-
-def _tensor(folder: Path, ending: str) -> torch.Tensor:
-    from safetensors import safe_open
-
-    for file in sorted(folder.glob("*.safetensors")):
-        with safe_open(file, "pt") as tensors:
-            for name in tensors.keys():  # noqa: SIM118 (safe_open is no mapping)
-                if name.endswith(ending):
-                    return tensors.get_tensor(name)
-    raise MeasureError(f"{folder}: no tensor {ending} in safetensors files")
-
-
 class Reading(NamedTuple):
-    """logprobs: float32 [positions, vocab], the distribution before each forced token; report: ``meta_info["relay"]``
-    of the first request; first: the token that it sampled greedily."""
+    """logprobs: float32 [positions, vocab], the distribution before each forced token; report: ``meta_info["relay"]``;
+    first: the token that greedy decoding would have begun with."""
 
     logprobs: np.ndarray
     report: dict[str, Any]
@@ -121,7 +91,6 @@ class Reading(NamedTuple):
 
 def read(
     server: Server,
-    head: Head,
     prompt: list[int],
     forced: list[int],
     params: Mapping[str, Any],
@@ -131,26 +100,35 @@ def read(
 ) -> Reading:
     """Read ``prompt`` as the module says: the distributions before each of the ``forced`` tokens (at least 1).
 
-    server: started with `SERVER_ARGS`. salt: the tenant, which must not know the prompt under these ``params``.
-    chunks: lengths of the prompt up to which it is prefilled in requests of its own before.
+    server: on this machine, started with `READ_ARGS`. salt: the tenant, which must not know the prompt under these
+    ``params``. chunks: lengths of the prompt up to which it is prefilled in requests of its own before.
+    Raises MeasureError when the server decodes anything but ``forced``, or a distribution is missing.
     """
-    ask = {"max_new_tokens": 1, "custom_params": {"relay_donate": "none", **params}}
+    ask = {"relay_donate": "none", **params}
     tenant = {"cache_salt": salt}
     for end in chunks:
-        server.generate(prompt[:end], fields=tenant, **ask)
-    served = server.generate(prompt, fields=tenant, **ask)
-    last = len(prompt) - 1
-    wanted = {"return_hidden_states": True, "return_logprob": True, "logprob_start_len": last}
-    repeated = server.generate(prompt + forced[:-1], fields=tenant | wanted, **ask)["meta_info"]
-    if repeated["prompt_tokens"] - repeated["cached_tokens"] >= len(forced) + _MAX_PAGE:
-        raise MeasureError(f"only {repeated['cached_tokens']} of {last} prompt tokens were found again: {repeated}")
-    hidden = [row for chunk in repeated["hidden_states"] for row in chunk]
-    logprobs = head.logprobs(hidden[-len(forced) :])
-    theirs = [value for value, *_ in repeated["input_token_logprobs"][1:]]
-    ours = logprobs[np.arange(len(theirs)), forced[: len(theirs)]]
-    if len(theirs) != len(forced) - 1 or (theirs and np.abs(ours - theirs).mean() > _LOGPROB_TOLERANCE):
-        raise MeasureError(f"the server's logprobs {theirs} are not those of its hidden states {ours.tolist()}")
-    return Reading(logprobs, served["meta_info"]["relay"], served["output_ids"][0])
+        server.generate(prompt[:end], fields=tenant, max_new_tokens=1, custom_params=ask)
+    with tempfile.TemporaryDirectory(prefix="sglang-relay-read-") as folder:
+        answer = server.generate(
+            prompt,
+            fields=tenant | {"custom_logit_processor": _PROCESSOR},
+            max_new_tokens=len(forced),
+            ignore_eos=True,
+            custom_params={"forced_tokens": forced, "forced_folder": folder, **ask},
+        )
+        if answer["output_ids"] != forced:
+            raise MeasureError(f"the server decoded {answer['output_ids']} where {forced} was forced: {answer}")
+        logits = _logits(Path(folder), len(forced))
+    logprobs = torch.log_softmax(torch.from_numpy(logits), dim=-1).numpy()
+    return Reading(logprobs, answer["meta_info"]["relay"], int(logprobs[0].argmax()))
+
+
+def _logits(folder: Path, steps: int) -> np.ndarray:
+    """float32 [steps, vocab]"""
+    try:
+        return np.stack([np.load(folder / f"{step}.npy") for step in range(steps)])
+    except (OSError, ValueError) as error:  # no such file, or rows of different lengths
+        raise MeasureError(f"the server did not leave {steps} distributions of one length: {error}") from error
 
 
 class Divergence(NamedTuple):
@@ -212,7 +190,6 @@ class Case:
 
 def measure(
     server: Server,
-    head: Head,
     chains: Sequence[Chain],
     choices: Sequence[Choice],
     *,
@@ -234,7 +211,7 @@ def measure(
             salt = f"{run}/{chain.task.id}/{label}"
             if "relay" not in params:
                 chain.donate(server, salt)
-            return read(server, head, chain.prompt, chain.forced, params, salt=salt, chunks=chunks)
+            return read(server, chain.prompt, chain.forced, params, salt=salt, chunks=chunks)
 
         reference = one("full prefill", {"relay": "off"}).logprobs
         readings = {choice.label: one(choice.label, choice.params) for choice in choices}
