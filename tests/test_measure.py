@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
+import torch
+from reference import Reference
 from tiny_model import make_tiny_llama
 
 from bench.fidelity import render, table
@@ -16,11 +18,12 @@ from sglang_relay.fetch_model import ensure_model
 from sglang_relay.measure import statistics
 from sglang_relay.measure.chains import Chain, Decoding, Template, build_chains
 from sglang_relay.measure.divergence import (
+    _PROCESSOR,
     FLOOR,
     SERVER_ARGS,
     Case,
-    Head,
     MeasureError,
+    _logits,
     compare,
     cost_of,
     measure,
@@ -224,15 +227,20 @@ def test_a_template_without_system_messages_still_gets_the_role(model: Path) -> 
 
 # ------------------------------------------------------------------ a real server
 
-SETTINGS = ("--dtype", "float32", "--max-total-tokens", 32768)
+SETTINGS = ("--dtype", "float32", "--max-total-tokens", 32768, "--chunked-prefill-size", 1024)
 DECODING = Decoding(min_tokens=80, max_tokens=96, temperature=0.0)
+VOCAB, EOS_ID = 1024, 1
 TASKS = ("dev-02", "dev-05", "dev-13")  # one source, two, two of which the second read the first
+
+
+def _tokens(n: int, seed: int) -> list[int]:
+    return torch.randint(3, VOCAB, (n,), generator=torch.Generator().manual_seed(seed)).tolist()
 
 
 class Room(NamedTuple):
     server: Server
     model: Path
-    head: Head
+    reference: Reference
     tasks: list[Task]
     chains: list[Chain]
 
@@ -243,7 +251,7 @@ def room(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Room
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         tasks = [task for task in load_tasks("development") if task.id in TASKS]
         chains = build_chains(server, model, tasks, DECODING, dtype="float32")
-        yield Room(server, model, Head(model), tasks, chains)
+        yield Room(server, model, Reference(model), tasks, chains)
 
 
 def test_chains_hold_what_producers_decoded(room: Room) -> None:
@@ -288,7 +296,7 @@ def test_replayed_donors_equal_decoded_ones(room: Room) -> None:
     chain.donate(room.server, "replayed")
     params = {"relay_policy": "rotate"}
     decoded, replayed = (
-        read(room.server, room.head, chain.prompt, chain.forced, params, salt=salt) for salt in ("decoded", "replayed")
+        read(room.server, chain.prompt, chain.forced, params, salt=salt) for salt in ("decoded", "replayed")
     )
     assert decoded.report["relayed"] == replayed.report["relayed"] == chain.reused
     assert compare(decoded.logprobs, replayed.logprobs).kl.max() < 1e-9
@@ -296,7 +304,7 @@ def test_replayed_donors_equal_decoded_ones(room: Room) -> None:
 
 def test_the_exact_policy_does_not_diverge_and_rotation_does(room: Room) -> None:
     """In this order: were the exact KV of the first within reach of the second, rotation would look exact as well."""
-    cases = measure(room.server, room.head, room.chains, [parse_choice("full"), parse_choice("rotate")])
+    cases = measure(room.server, room.chains, [parse_choice("full"), parse_choice("rotate")])
     of = {policy: [case for case in cases if case.policy == policy] for policy in ("rotate", "full", FLOOR)}
     assert [len(rows) for rows in of.values()] == [3, 3, 3]
     for exact in of["full"] + of[FLOOR]:
@@ -311,38 +319,69 @@ def test_the_exact_policy_does_not_diverge_and_rotation_does(room: Room) -> None
 def test_a_policy_that_the_server_refuses_is_no_result(room: Room) -> None:
     """The request would be served by full prefill, and the policy would look exact."""
     with pytest.raises(MeasureError, match="bad_custom_params"):
-        measure(room.server, room.head, room.chains[:1], [parse_choice("no-such-policy")])
+        measure(room.server, room.chains[:1], [parse_choice("no-such-policy")])
 
 
-def test_distributions_are_those_of_the_server(room: Room) -> None:
-    """Over the whole vocabulary, at positions within the continuation, asked for in another way."""
-    chain, vocab = room.chains[0], 1024
-    reading = read(room.server, room.head, chain.prompt, chain.forced, {"relay": "off"}, salt="whole")
-    assert reading.logprobs.shape == (len(chain.forced), vocab)
-    assert reading.first == chain.forced[0]
-    for position in (0, 1, len(chain.forced) - 1):
-        fields = {"return_logprob": True, "token_ids_logprob": list(range(vocab))}
-        prompt = chain.prompt + chain.forced[:position]
-        answer = room.server.generate(prompt, fields=fields, max_new_tokens=1, custom_params={"relay": "off"})
-        theirs = [value for value, *_ in answer["meta_info"]["output_token_ids_logprobs"][0]]
-        assert np.abs(reading.logprobs[position] - theirs).max() < 1e-3
+@pytest.mark.parametrize("length", [300, 1300], ids=["one_chunk", "two_chunks"])
+def test_distributions_are_those_of_an_independent_decoder(room: Room, length: int) -> None:
+    """Behind tokens that no greedy decoding would give, an end of sequence among them."""
+    prompt, forced = _tokens(length, 1), _tokens(12, 2)
+    forced[5] = EOS_ID
+    reading = read(room.server, prompt, forced, {"relay": "off"}, salt="whole")
+    assert reading.logprobs.shape == (len(forced), VOCAB) and reading.logprobs.dtype == np.float32
+    for position in (0, 1, len(forced) - 1):
+        want = room.reference.prefill(prompt + forced[:position]).logits.log_softmax(-1).numpy()
+        assert np.abs(reading.logprobs[position] - want).max() < 1e-3
+        assert position or reading.first == want.argmax() != forced[0]
 
 
-def test_a_projection_that_is_not_the_servers_is_noticed(room: Room) -> None:
-    chain, doubled = room.chains[0], Head(room.model)
-    doubled._weight *= 2
-    with pytest.raises(MeasureError, match="logprobs"):
-        read(room.server, doubled, chain.prompt, chain.forced, {"relay": "off"}, salt="doubled")
+def test_requests_of_one_batch_are_not_mixed_up(room: Room, tmp_path: Path) -> None:
+    """Two that are forced, for different times, with one between them that samples for itself."""
+    prompts, forced = [_tokens(40 + i, 10 + i) for i in range(3)], [_tokens(9, 20), [], _tokens(5, 21)]
+    alone = [read(room.server, prompts[i], forced[i], {"relay": "off"}, salt="alone") for i in (0, 2)]
+    folders = [tmp_path / str(i) for i in range(3)]
+    for folder in folders:
+        folder.mkdir()
+    named = [
+        {"relay": "off", "forced_tokens": f, "forced_folder": str(d)} for f, d in zip(forced, folders, strict=True)
+    ]
+    sampling = [
+        {"max_new_tokens": len(f) or 7, "ignore_eos": True, "temperature": 0 if f else 1, "custom_params": params}
+        for f, params in zip(forced, named, strict=True)
+    ]
+    processors = [_PROCESSOR, None, _PROCESSOR]
+    fields = {"sampling_params": sampling, "custom_logit_processor": processors, "cache_salt": "together"}
+    answers = room.server.generate(prompts, fields=fields)
+    assert [answers[i]["output_ids"] for i in (0, 2)] == [forced[0], forced[2]]
+    assert len(answers[1]["output_ids"]) == 7 and not list(folders[1].iterdir())
+    for i, reading in zip((0, 2), alone, strict=True):
+        assert len(list(folders[i].iterdir())) == len(forced[i])
+        logits = torch.from_numpy(_logits(folders[i], len(forced[i])))
+        assert compare(reading.logprobs, logits.log_softmax(-1).numpy()).kl.max() < 1e-9
 
 
-def test_a_policy_that_leaves_no_kv_is_noticed(room: Room) -> None:
-    """Were the second request prefilled anew, it would measure full prefill under the policy's name."""
-    chain = room.chains[0]
+class Spoilt:
+    """A server that answers to a changed request, and may spoil what it leaves."""
 
-    class Forgetful:
-        def generate(self, *args, **kwargs):
-            room.server.post("/flush_cache")
-            return room.server.generate(*args, **kwargs)
+    def __init__(self, server: Server, drop: str = "", spoil: Callable[[Path], object] = lambda folder: None) -> None:
+        self.server, self.drop, self.spoil = server, drop, spoil
 
-    with pytest.raises(MeasureError, match="were found again"):
-        read(Forgetful(), room.head, chain.prompt, chain.forced, {"relay": "off"})  # type: ignore[arg-type]
+    def generate(self, prompt: list[int], *, fields: dict[str, Any], **sampling: Any) -> Any:
+        kept = {name: value for name, value in fields.items() if name != self.drop}
+        answer = self.server.generate(prompt, fields=kept, **sampling)
+        self.spoil(Path(sampling["custom_params"]["forced_folder"]))
+        return answer
+
+
+def test_a_reading_that_is_not_whole_is_no_result(room: Room) -> None:
+    def broken(**how: Any) -> None:
+        read(Spoilt(room.server, **how), _tokens(40, 3), _tokens(4, 4), {"relay": "off"})  # type: ignore[arg-type]
+
+    with pytest.raises(MeasureError, match="was forced"):
+        broken(drop="custom_logit_processor")
+    for spoil in (
+        lambda folder: (folder / "3.npy").unlink(),
+        lambda folder: np.save(folder / "2.npy", np.zeros(VOCAB - 1, np.float32)),
+    ):
+        with pytest.raises(MeasureError, match="did not leave 4 distributions"):
+            broken(spoil=spoil)
