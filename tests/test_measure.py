@@ -322,10 +322,9 @@ def test_a_policy_that_the_server_refuses_is_no_result(room: Room) -> None:
         measure(room.server, room.chains[:1], [parse_choice("no-such-policy")])
 
 
-@pytest.mark.parametrize("length", [300, 1300], ids=["one_chunk", "two_chunks"])
-def test_distributions_are_those_of_an_independent_decoder(room: Room, length: int) -> None:
+def test_distributions_are_those_of_an_independent_decoder(room: Room) -> None:
     """Behind tokens that no greedy decoding would give, an end of sequence among them."""
-    prompt, forced = _tokens(length, 1), _tokens(12, 2)
+    prompt, forced = _tokens(300, 1), _tokens(12, 2)
     forced[5] = EOS_ID
     reading = read(room.server, prompt, forced, {"relay": "off"}, salt="whole")
     assert reading.logprobs.shape == (len(forced), VOCAB) and reading.logprobs.dtype == np.float32
@@ -336,26 +335,29 @@ def test_distributions_are_those_of_an_independent_decoder(room: Room, length: i
 
 
 def test_requests_of_one_batch_are_not_mixed_up(room: Room, tmp_path: Path) -> None:
-    """Two that are forced, for different times, with one between them that samples for itself."""
-    prompts, forced = [_tokens(40 + i, 10 + i) for i in range(3)], [_tokens(9, 20), [], _tokens(5, 21)]
+    """One that is forced to its end, one that samples for itself, and one that does so behind what is forced. Of the
+    last, the first chunk of the prompt runs, and is sampled behind, together with the prompts of the others."""
+    prompts, forced = [_tokens(n, n) for n in (40, 41, 1300)], [_tokens(9, 20), [], _tokens(5, 21)]
     alone = [read(room.server, prompts[i], forced[i], {"relay": "off"}, salt="alone") for i in (0, 2)]
     folders = [tmp_path / str(i) for i in range(3)]
     for folder in folders:
         folder.mkdir()
-    named = [
-        {"relay": "off", "forced_tokens": f, "forced_folder": str(d)} for f, d in zip(forced, folders, strict=True)
-    ]
     sampling = [
-        {"max_new_tokens": len(f) or 7, "ignore_eos": True, "temperature": 0 if f else 1, "custom_params": params}
-        for f, params in zip(forced, named, strict=True)
+        {
+            **{"max_new_tokens": 9, "ignore_eos": True, "temperature": 0 if tokens else 1},
+            "custom_params": {"relay": "off", "forced_tokens": tokens, "forced_folder": str(folder)},
+        }
+        for tokens, folder in zip(forced, folders, strict=True)
     ]
-    processors = [_PROCESSOR, None, _PROCESSOR]
-    fields = {"sampling_params": sampling, "custom_logit_processor": processors, "cache_salt": "together"}
-    answers = room.server.generate(prompts, fields=fields)
-    assert [answers[i]["output_ids"] for i in (0, 2)] == [forced[0], forced[2]]
-    assert len(answers[1]["output_ids"]) == 7 and not list(folders[1].iterdir())
+    together = {
+        **{"input_ids": prompts, "sampling_params": sampling, "cache_salt": "together"},
+        "custom_logit_processor": [_PROCESSOR, None, _PROCESSOR],
+    }
+    outputs = [answer["output_ids"] for answer in room.server.post("/generate", together)]
+    assert [len(output) for output in outputs] == [9, 9, 9]
+    assert outputs[0] == forced[0] and outputs[2][:5] == forced[2]
+    assert [len(list(folder.iterdir())) for folder in folders] == [9, 0, 5]
     for i, reading in zip((0, 2), alone, strict=True):
-        assert len(list(folders[i].iterdir())) == len(forced[i])
         logits = torch.from_numpy(_logits(folders[i], len(forced[i])))
         assert compare(reading.logprobs, logits.log_softmax(-1).numpy()).kl.max() < 1e-9
 

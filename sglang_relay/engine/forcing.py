@@ -37,7 +37,7 @@ class Forced(CustomLogitProcessor):
         """logits: [rows, vocab], changed in place."""
         for row, params in zip(logits, custom_param_list or (), strict=True):
             step, tokens = params["__req__"].decode_batch_idx, params["forced_tokens"]
-            if step >= len(tokens):  # overlap scheduling runs a step more than was asked for
+            if step >= len(tokens):
                 continue
             with contextlib.suppress(OSError):
                 _write(Path(params["forced_folder"]) / f"{step}.npy", row.float().cpu().numpy())
