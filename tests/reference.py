@@ -181,9 +181,7 @@ class Reference:
         passes: tuple[Any, ...] = (
             self._probe(prompt, policy) if isinstance(policy, Probe) else self._staged(prompt, policy)
         )
-        head = "model.embed_tokens" if "lm_head.weight" not in self.weights else "lm_head"
-        logits = self._linear(self._norm(passes[0][-1], "model.norm.weight"), head)
-        return Result(logits, prompt.k, prompt.v, *passes[1:])
+        return Result(self._head(passes[0][-1]), prompt.k, prompt.v, *passes[1:])
 
     @torch.no_grad()
     def influence(self, tokens: list[int], start: int, layers: Sequence[int]) -> Tensor:
@@ -211,6 +209,26 @@ class Reference:
             enter=lambda at, x: kept.append(x.clone()) if at == layer else None,
         )
         return kept[0]
+
+    @torch.no_grad()
+    def decode(
+        self, tokens: list[int], after: Result, answer: list[int], before: Sequence[Sequence[int]] = ()
+    ) -> Tensor:
+        """[len(answer), vocab]: logits in front of each token of `answer`, which continues `tokens` over the K and V
+        that `after` left. `before[i]`: positions that run once more, from embeddings, in front of step i."""
+        blank = torch.full((self.layers, len(answer), *after.k.shape[2:]), math.nan, dtype=torch.float64)
+        k, v = (torch.cat((old, blank), 1) for old in (after.k, after.v))
+        path = [*tokens, *answer]
+        prompt, position = _Prompt(path, [], None, k, v, *_reused(len(path), [])), torch.arange(len(path))
+        logits = [after.logits]
+        for step in range(1, len(answer)):
+            at = len(tokens) + step - 1
+            for rows in ([*before[step]] if before else [], [at]):
+                x, _ = self._pass(
+                    prompt, lambda _, rows=rows: torch.isin(position, torch.tensor(rows, dtype=torch.int64))
+                )
+            logits.append(self._head(x[at]))
+        return torch.stack(logits)
 
     def _staged(self, prompt: _Prompt, policy: Policy) -> tuple[Tensor, Tensor, Tensor, None, Tensor | None]:
         """A single pass, whose rows depend on the layer: hidden states at its end, `selected`, `measured`, no mass, and
@@ -357,6 +375,10 @@ class Reference:
             angle -= torch.outer(source.float() / self.stretch, self.frequency).double()
         pair = torch.complex(*x.chunk(2, -1)) * torch.polar(torch.ones_like(angle), angle)[:, None]
         return torch.cat((pair.real, pair.imag), -1)
+
+    def _head(self, x: Tensor) -> Tensor:
+        name = "model.embed_tokens" if "lm_head.weight" not in self.weights else "lm_head"
+        return self._linear(self._norm(x, "model.norm.weight"), name)
 
     def _norm(self, x: Tensor, weight: str) -> Tensor:
         scale = torch.rsqrt(x.square().mean(-1, keepdim=True) + self.config["rms_norm_eps"])

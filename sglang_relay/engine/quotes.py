@@ -44,20 +44,33 @@ REMEMBERED = 64
 class Quotes:
     """Reused tokens of one prompt that were not recomputed.
 
-    tokens: int32 numpy [n], the prompt. rest: those tokens.
+    tokens: int32 numpy [n], the prompt. rest: those tokens. shared: of the prompt that has them in common with this one
+    before position ``stop``: what one of the two recomputes is done for both.
     """
 
-    def __init__(self, tokens: np.ndarray, rest: Unselected) -> None:
+    def __init__(self, tokens: np.ndarray, rest: Unselected, shared: Quotes | None = None, stop: int = 0) -> None:
         self.tokens = tokens
         self._rest = rest
         self._stale = np.zeros(len(tokens), dtype=bool)
         self._stale[rest.positions] = True
+        self._shared, self._stop = shared, stop
 
     def wanted(self, answer: Sequence[int], ahead: int) -> np.ndarray:
         """Positions to recompute now (``quotes.py``), and never again."""
-        found = quoted(self.tokens, answer, self._stale, ahead)
-        self._stale[found] = False
+        found = quoted(self.tokens, answer, self.stale(), ahead)
+        self._done(found)
         return found
+
+    def stale(self) -> np.ndarray:
+        """bool [n]: those that nobody has recomputed so far."""
+        if self._shared is not None:
+            self._stale[: self._stop] &= self._shared.stale()[: self._stop]
+        return self._stale
+
+    def _done(self, positions: np.ndarray) -> None:
+        self._stale[positions] = False
+        if self._shared is not None:
+            self._shared._done(positions[positions < self._stop])
 
     def slots(self, positions: np.ndarray) -> torch.Tensor:
         """int64: where K and V of ``positions`` were written when they were placed."""
@@ -67,7 +80,7 @@ class Quotes:
     def before(self, stop: int) -> Unselected:
         """What is left of them before ``stop``."""
         positions = self._rest.positions[: np.searchsorted(self._rest.positions, stop)]
-        positions = positions[self._stale[positions]]
+        positions = positions[self.stale()[positions]]
         return Unselected(positions, self.slots(positions))
 
 
@@ -85,16 +98,21 @@ class QuoteBook:
         for key, quotes in self._recent:
             if key == req.extra_key:
                 best = max(best, (_common(quotes.tokens, tokens[: req.prefix_len]), quotes), key=lambda b: b[0])
-        rest = best[1].before(best[0]) if best[1] is not None else None
-        return Quotes(tokens, rest) if rest is not None and len(rest.positions) else None
+        stop, shared = best
+        if shared is None:
+            return None
+        rest = shared.before(stop)
+        return Quotes(tokens, rest, shared, stop) if len(rest.positions) else None
 
     def placed(self, req: Req, before: Quotes | None, rest: Unselected) -> Quotes:
         """``req`` has been prefilled and left ``rest``; ``before``: what it had found."""
+        stop = 0
         if before is not None and len(rest.positions):
-            found = before.before(int(rest.positions[0]))
+            stop = int(rest.positions[0])
+            found = before.before(stop)
             slots = torch.cat((found.slots, rest.slots))
             rest = Unselected(np.concatenate((found.positions, rest.positions)), slots)
-        quotes = Quotes(tokens_of(req), rest)
+        quotes = Quotes(tokens_of(req), rest, before, stop)
         self._recent.appendleft((req.extra_key, quotes))
         return quotes
 
