@@ -20,7 +20,7 @@ class Injected(RuntimeError):
 def load() -> None:
     from sglang_relay import index
     from sglang_relay.attention import engines
-    from sglang_relay.engine import backend, forward, manager, stage
+    from sglang_relay.engine import backend, forward, manager, quotes, stage
     from sglang_relay.ops import torch_ops
     from sglang_relay.plan import RelayPlan
     from sglang_relay.policies.relay import DeviationPolicy
@@ -35,6 +35,8 @@ def load() -> None:
     _wrap(stage.Stage, "take_over", {"hand_over": _raise})
     _wrap(torch_ops, "realign", {"place": _raise})
     _wrap(DeviationPolicy, "select", {"select": _raise, "other_rows": _other_rows})
+    _wrap(quotes, "quoted", {"quotes": _raise, "other_quotes": _other_quotes})
+    _wrap(quotes, "_stage", {"quote_attention": _failed_stage})
     for name in ("time", "monotonic", "perf_counter"):
         _wrap(time, name, {"clock": _skewed})
 
@@ -70,6 +72,18 @@ def _other_segments(match: Callable[..., Any], *args: Any, **kwargs: Any) -> Any
 def _other_rows(select: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """The selection of the other ranks, upside down."""
     return ~select(*args, **kwargs)
+
+
+def _other_quotes(quoted: Callable[..., Any], tokens: Any, answer: Any, stale: Any, ahead: int) -> Any:
+    """The first token that may still be recomputed, whatever was decoded."""
+    return stale.nonzero()[0][:1]
+
+
+def _failed_stage(make: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """A pass whose attention fails in its first layer; its K and V are written all the same."""
+    stage = make(*args, **kwargs)
+    stage._backend.failure = Injected("broken by a test")
+    return stage
 
 
 def _skewed(clock: Callable[[], float]) -> float:

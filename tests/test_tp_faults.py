@@ -5,6 +5,7 @@ SGLang's rank-consensus checker is on, which ends the server when the ranks take
 
 from __future__ import annotations
 
+import contextlib
 import random
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +16,7 @@ from plugins import install_plugin
 from prompts import Cut, Donor, Prompt, compose, random_tokens
 from tiny_model import make_tiny_llama
 
+from sglang_relay.measure.divergence import READ_ARGS, read
 from sglang_relay.measure.server import Server
 
 VOCAB = 1024
@@ -87,18 +89,30 @@ class Ranks:
             self.ask(self.fresh(500), 2, relay="off")
 
 
-@pytest.fixture(scope="module")
-def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
-    folder = tmp_path_factory.mktemp("ranks")
+@contextlib.contextmanager
+def serve(folder: Path, *args: object, **more: str) -> Iterator[Ranks]:
     model = make_tiny_llama(folder / "model", vocab=VOCAB)
     fault = folder / "fault"
     fault.write_text("", encoding="utf-8")
     code = (Path(__file__).parent / "rank_fault_plugin.py").read_text(encoding="utf-8")
-    env = install_plugin(folder / "plugin", "relay_test_rank_fault", code)
-    env |= {"RELAY_TEST_FAULT": str(fault), "SGLANG_ENABLE_RANK_CONSENSUS_CHECKER": "1"}
-    args = ("--radix-cache-backend", "relay", "--tp-size", 2, "--max-total-tokens", POOL)
-    with Server(model, *args, env=env) as server:
+    env = install_plugin(folder / "plugin", "relay_test_rank_fault", code) | {"RELAY_TEST_FAULT": str(fault)} | more
+    flags = ("--radix-cache-backend", "relay", "--tp-size", 2, "--max-total-tokens", POOL, *args)
+    with Server(model, *flags, env=env) as server:
         yield Ranks(server, fault)
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
+    with serve(tmp_path_factory.mktemp("ranks"), SGLANG_ENABLE_RANK_CONSENSUS_CHECKER="1") as ranks:
+        yield ranks
+
+
+@pytest.fixture(scope="module")
+def quoting(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
+    """Without the checker, which compares texts of requests: one whose answer is forced holds an address."""
+    with serve(tmp_path_factory.mktemp("quoting"), *READ_ARGS) as ranks:
+        ranks.decode_two()
+        yield ranks
 
 
 @pytest.fixture
@@ -126,6 +140,26 @@ def test_one_broken_rank_makes_all_decline(ranks: Ranks, fault: str) -> None:
     ranks.evict()
     ranks.decode_two()
     ranks.relays()
+
+
+def quoting_answer(ranks: Ranks) -> dict[str, Any]:
+    """The report of an answer that is forced to quote what its prompt reuses."""
+    prompt = ranks.prompt()
+    piece = prompt.pieces[0]
+    quote = prompt.tokens[piece.start + 20 : piece.start + 50]
+    ask = {"relay_policy": "probe", "relay_budget": 0.2}
+    return read(ranks.server, prompt.tokens, quote, ask).report
+
+
+@pytest.mark.parametrize("fault", ["quotes", "other_quotes", "quote_attention"])
+def test_one_broken_rank_makes_all_stop_repairing_quotes(quoting: Ranks, fault: str) -> None:
+    assert quoting_answer(quoting)["quoted"] > 5
+    quoting.fault(fault)
+    report = quoting_answer(quoting)
+    assert report["declined"] is None and report["relayed"] > 0, report
+    assert report["quoted"] == 0
+    quoting.fault("")
+    assert quoting_answer(quoting)["quoted"] > 5
 
 
 @pytest.mark.parametrize("fault", ["other_segments", slow("learn")])
