@@ -112,7 +112,7 @@ GOOD = [
     ("budget", "16", Budget("tokens", 16.0)),
     ("budget", "coverage:0.8", Budget("coverage", 0.8)),
     ("probe_queries", "8", 8),
-    ("route_above", "0.5", 0.5),
+    ("route_above", "0.25", 0.25),
     ("quote_tokens", "0", 0),
     ("cost_model", "false", False),
     ("cost_model", "True", True),
