@@ -19,7 +19,7 @@ from prompts import Cut, Donor, Prompt, compose, random_tokens
 from reference import FULL, Probe, Reference, Result, Segment
 from test_quotes import literal
 
-from sglang_relay.measure.divergence import READ_ARGS, Reading, read
+from sglang_relay.measure.divergence import _PROCESSOR, READ_ARGS, Reading, _logits, read
 from sglang_relay.measure.server import Server
 
 BOUND = 1e-4
@@ -171,3 +171,24 @@ def test_another_suffix_behind_a_shared_segment(quoting: Quoting) -> None:
     got = read(quoting.server, branch, answer, ASK)
     assert got.report["exact"] >= second.start - 1, got.report
     assert got.report["quoted"] == sum(map(len, before)) > 0
+
+
+def test_slots_that_the_tree_kept_instead_are_not_written(quoting: Quoting, tmp_path: Path) -> None:
+    """Two equal prompts in one batch: the tree keeps the slots of the first and gives them to the second, whose quotes
+    are then computed into nowhere."""
+    prompt = quoting.prompt()
+    answers = [random_tokens(36, quoting.rng, quoting.vocab), quoting.answer(prompt)]
+    folders = [tmp_path / str(i) for i in range(2)]
+    sampling = []
+    for folder, answer in zip(folders, answers, strict=True):
+        folder.mkdir()
+        forced = {"forced_tokens": answer, "forced_folder": str(folder), "relay_donate": "none"}
+        sampling.append({"max_new_tokens": len(answer), "ignore_eos": True, "custom_params": {**ASK, **forced}})
+    together = {"input_ids": [prompt.tokens] * 2, "sampling_params": sampling, "custom_logit_processor": _PROCESSOR}
+    both = quoting.server.post("/generate", together)
+    reports = [answer["meta_info"]["relay"] for answer in both]
+    assert [report["exact"] for report in reports] == [0, 0], "both were prefilled"
+    assert reports[1]["quoted"] > 0
+    logits = torch.from_numpy(_logits(folders[1], len(answers[1])))
+    got = Reading(logits.log_softmax(-1).numpy(), reports[1], 0)
+    assert max(far(got, quoting.expect(prompt, answers[1], ahead=0))) < BOUND
