@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import random
 import re
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
@@ -343,6 +344,16 @@ def test_mutations_would_be_caught(world: World, policy: str) -> None:
             assert far(got, log_probabilities(wrong)) > CLEAR, mutation
 
 
+def logged_chunks(server: Server, begin: int) -> list[int]:
+    """New tokens of the two chunks, as the log from ``begin`` on has them; the last one may come after its answer."""
+    for _ in range(100):
+        chunks = re.findall(r"Prefill batch.*#new-token: (\d+)", server.log()[begin:])
+        if len(chunks) > 1:
+            break
+        time.sleep(0.1)
+    return [int(chunk) for chunk in chunks]
+
+
 def test_probe_in_chunks(tmp_path: Path) -> None:
     """The first chunk ends within the third segment; the suffix is longer than the default allows."""
     model = make_tiny_llama(tmp_path)
@@ -353,7 +364,7 @@ def test_probe_in_chunks(tmp_path: Path) -> None:
         prompt = world.prompt(CASES["three"]._replace(tail=50))
         segments, begin = world.segments(prompt), len(server.log())
         got, report = world.serve(prompt, relay_policy="probe")
-        first, last = map(int, re.findall(r"Prefill batch.*#new-token: (\d+)", server.log()[begin:]))
+        first, last = logged_chunks(server, begin)
     assert first + last == len(prompt.tokens) and segments[2].start < first - 1 < segments[2].stop - 1
     policy = Probe(queries=8, chunks=(first,))
     want = world.reference.run(prompt.tokens, segments, policy)
