@@ -346,7 +346,8 @@ class RelayManager:
             self.stats.repaired(done.selected + (reused if planned.policy.exact else 0))
 
     def _report_cost(self, state: RelayRequest) -> None:
-        state.report["cost"] = round(state.layers / max(1, state.reused * self.num_layers), 4)
+        if state.reused:  # else its approximate KV is a prefix that another request has placed, and accounts for
+            state.report["cost"] = round(state.layers / (state.reused * self.num_layers), 4)
 
     def count_quoted(self, state: RelayRequest, tokens: int) -> None:
         """So many reused tokens of a request have been recomputed while it decodes."""

@@ -86,7 +86,8 @@ class Quotes:
 
 class QuoteBook:
     """What recent prompts left unselected, for their own decoding and for requests that find them in the tree: forks,
-    later turns. Slots are compared before they are written, so that a path which has been evicted is left alone."""
+    later turns. Slots are compared before they are written: a path that was evicted and computed again lies elsewhere.
+    Only requests whose prefix is known to be approximate ask (``RelayRequest.depth``)."""
 
     def __init__(self) -> None:
         self._recent: deque[tuple[str | None, Quotes]] = deque(maxlen=REMEMBERED)

@@ -163,9 +163,9 @@ def relay_of(req: Any) -> RelayRequest | None:
 def new_report(policy: str | None, declined: str | None) -> dict[str, Any]:
     """``meta_info["relay"]``. exact: prefix hits and exact copies; relayed: donor KV used as it is; recomputed: reused
     tokens that the policy computed again; fresh: the rest. The four add up to the prompt. cost: token-layers that the
-    repair ran, its probe included, as a share of the reused tokens' token-layers. quoted: how many of the recomputed
-    tokens the answer quoted, recomputed while it was decoded. Under policy ``relay`` also
-    influence: ``used``, ``none`` (no reused token has one), or ``unavailable:`` and why; and entry: ``hidden`` or
+    repair ran, its probe included, as a share of the reused tokens' token-layers. quoted: reused tokens that
+    were recomputed while the answer that quotes them was decoded, those of a found prefix, too. Under policy ``relay``
+    also influence: ``used``, ``none`` (no reused token has one), or ``unavailable:`` and why; and entry: ``hidden`` or
     ``embeddings``, where the reused tokens entered, and why."""
     return {
         "exact": 0,
