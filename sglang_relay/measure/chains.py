@@ -23,6 +23,9 @@ logger = logging.getLogger(__name__)
 FORCED = 32
 """Most tokens of the exact greedy continuation that a chain carries."""
 
+WRITING = 3600.0
+"""Seconds until several agents must have written theirs: one slow core decodes a dozen tokens per second."""
+
 _MARK = "\ue000{}\ue001"
 """Stands for an agent's text while the chat template is applied; private-use characters are in no template."""
 
@@ -199,7 +202,7 @@ class _Writer:
         for done, batch in _batches(missing):
             self.progress(f"decoding {kind} texts: {done} of {len(missing)}")
             sent = [prompts[i] for i in batch]
-            answers = self.server.generate(sent, custom_params={"relay": "off"}, **sampling)
+            answers = self.server.generate(sent, custom_params={"relay": "off"}, timeout=WRITING, **sampling)
             for i, answer in zip(batch, answers, strict=True):
                 write_atomically(files[i], json.dumps(_output(answer, keep_stop)))
         return [json.loads(file.read_text(encoding="utf-8")) for file in files]
