@@ -15,14 +15,20 @@ SHORTEST = 2
 """Decoded tokens, the latest ones, that must stand in the prompt: one is mostly no quote."""
 LONGEST = 16
 """A longer agreement makes no place in the prompt a better one."""
+REACH = 3
+"""Positions that each token of an agreement beyond the first is worth: a short one is often no quote."""
+NEXT = 2
+"""Tokens behind an agreement of which one must be stale. Not only the first: a decode step that is planned before the
+token it begins with is known (overlap scheduling) looks for the second, and the next step would come too late."""
 PLACES = 2
 """Where the text stands several times in the prompt, that many places count: the latest of the
 longest agreements, then those that are next in length, the first of equal ones."""
 
 
 def quoted(tokens: np.ndarray, answer: Sequence[int], stale: np.ndarray, ahead: int) -> np.ndarray:
-    """Positions to recompute now, int64, ascending: of the ``ahead`` tokens behind what the answer agrees with, those
-    that are stale. None where the one that comes next is not.
+    """Positions to recompute now, int64, ascending: of the tokens behind what the answer agrees with, at most
+    ``ahead`` and `REACH` for each it agrees in beyond the first, those that are stale. None where the `NEXT` ones
+    are not.
 
     tokens: int [n], the prompt. answer: decoded tokens, at least the latest `LONGEST`. stale: bool [n], tokens whose KV
     was not computed for this prompt.
@@ -41,9 +47,9 @@ def quoted(tokens: np.ndarray, answer: Sequence[int], stale: np.ndarray, ahead: 
     latest = np.count_nonzero(lengths == lengths[order[0]]) - 1
     best = [order[latest], *np.delete(order, latest)[: PLACES - 1]]
     wanted = np.zeros(len(tokens), dtype=bool)
-    for end in ends[best].tolist():
-        if stale[end + 1]:
-            wanted[end + 1 : end + 1 + ahead] = True
+    for end, length in zip(ends[best].tolist(), lengths[best].tolist(), strict=True):
+        if stale[end + 1 : end + 1 + NEXT].any():
+            wanted[end + 1 : end + 1 + min(ahead, REACH * (length - 1))] = True
     return np.flatnonzero(wanted & stale)
 
 
