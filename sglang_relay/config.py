@@ -64,8 +64,8 @@ class RelayConfig:
     probe_queries: most of a prompt's last fresh tokens that look at the segments under ``probe``.
     route_above: a prompt with this many fresh tokens behind its last segment per reused token, or more, is prefilled in
     full under ``probe``, which then has little to save.
-    quote_tokens: how far ahead, in tokens, what an answer quotes of a reused segment is recomputed while it decodes
-    under ``probe`` (``quotes.py``); 0 for never.
+    quote_tokens: how far ahead, in tokens at most, what an answer quotes of a reused segment is recomputed while it
+    decodes under ``probe`` (``quotes.py``); 0 for never.
     cost_model: whether a prompt is relayed only where that is predicted to save time (``cost.py``).
     attention: what computes attention of scattered rows: ``torch``, ``flashinfer``, ``triton``, or ``auto``:
     flashinfer and triton, chosen for each pass, or what of them works, else torch; torch without a CUDA device.
@@ -92,7 +92,7 @@ class RelayConfig:
     entry: str = "embeddings"
     suffix: int = 10
     budget: Budget | None = None
-    probe_queries: int = 24
+    probe_queries: int = 8
     route_above: float = 0.5
     quote_tokens: int = 8
     cost_model: bool = True

@@ -103,7 +103,7 @@ class Probe(NamedTuple):
 
     share: float = 0.2
     coverage: float | None = None
-    queries: int = 24
+    queries: int = 8
     chunks: tuple[int, ...] = ()
     interpolates: bool = True
 

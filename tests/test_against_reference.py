@@ -357,7 +357,7 @@ def logged_chunks(server: Server, begin: int) -> list[int]:
 def test_probe_in_chunks(tmp_path: Path) -> None:
     """The first chunk ends within the third segment; the suffix is longer than the default allows."""
     model = make_tiny_llama(tmp_path)
-    env = {"SGLANG_RELAY_ROUTE_ABOVE": "1", "SGLANG_RELAY_PROBE_QUERIES": "8", **NO_AUDIT}
+    env = {"SGLANG_RELAY_ROUTE_ABOVE": "1", "SGLANG_RELAY_PROBE_QUERIES": "12", **NO_AUDIT}
     args = ("--radix-cache-backend", "relay", "--dtype", "float32", "--chunked-prefill-size", 64)
     with Server(model, *args, "--max-total-tokens", 8192, env=env) as server:
         world = World(TINY, server, Reference(model))
@@ -366,7 +366,7 @@ def test_probe_in_chunks(tmp_path: Path) -> None:
         got, report = world.serve(prompt, relay_policy="probe")
         first, last = logged_chunks(server, begin)
     assert first + last == len(prompt.tokens) and segments[2].start < first - 1 < segments[2].stop - 1
-    policy = Probe(queries=8, chunks=(first,))
+    policy = Probe(queries=12, chunks=(first,))
     want = world.reference.run(prompt.tokens, segments, policy)
     check_margin(policy, want, segments)
     selected, reused = int(want.selected.sum()), prompt.matched - 1
@@ -374,5 +374,5 @@ def test_probe_in_chunks(tmp_path: Path) -> None:
     assert (report["relayed"], report["recomputed"]) == (reused - selected, selected), report
     assert (report["exact"], report["fresh"]) == (0, len(prompt.tokens) - reused), report
     assert far(got, log_probabilities(want)) < BOUND
-    at_once = world.reference.run(prompt.tokens, segments, Probe(queries=8))
+    at_once = world.reference.run(prompt.tokens, segments, Probe(queries=12))
     assert far(got, log_probabilities(at_once)) > CLEAR, "the border should matter"

@@ -111,7 +111,7 @@ GOOD = [
     ("budget", "careful", Budget("share", 0.3)),
     ("budget", "16", Budget("tokens", 16.0)),
     ("budget", "coverage:0.8", Budget("coverage", 0.8)),
-    ("probe_queries", "8", 8),
+    ("probe_queries", "24", 24),
     ("route_above", "0.25", 0.25),
     ("quote_tokens", "0", 0),
     ("cost_model", "false", False),
