@@ -201,8 +201,9 @@ class _Writer:
         missing = [i for i, file in enumerate(files) if not file.is_file()]
         for done, batch in _batches(missing):
             self.progress(f"decoding {kind} texts: {done} of {len(missing)}")
-            sent = [prompts[i] for i in batch]
-            answers = self.server.generate(sent, custom_params={"relay": "off"}, timeout=WRITING, **sampling)
+            sampled = {"temperature": 0, "custom_params": {"relay": "off"}, **sampling}
+            request = {"input_ids": [prompts[i] for i in batch], "sampling_params": sampled}
+            answers = self.server.post("/generate", request, timeout=WRITING)
             for i, answer in zip(batch, answers, strict=True):
                 write_atomically(files[i], json.dumps(_output(answer, keep_stop)))
         return [json.loads(file.read_text(encoding="utf-8")) for file in files]

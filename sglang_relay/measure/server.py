@@ -132,26 +132,18 @@ class Server:
         """GET, as `post`."""
         return _body(self._http.get(self.url + path, timeout=timeout))
 
-    def generate(
-        self,
-        prompt: str | list[Any],
-        *,
-        fields: Mapping[str, Any] | None = None,
-        timeout: float = 300.0,
-        **sampling: Any,
-    ) -> Any:
+    def generate(self, prompt: str | list[Any], *, fields: Mapping[str, Any] | None = None, **sampling: Any) -> Any:
         """``/generate`` for a text, a list of texts, token ids or a list of them; greedy unless `sampling` says else.
 
         Args:
             prompt: text or token ids.
             fields: further fields of the request, e.g. ``{"return_logprob": True}``.
-            timeout: seconds until all of the answer must be there.
             sampling: sampling parameters, e.g. ``max_new_tokens=8``.
         """
         first = prompt if isinstance(prompt, str) or not prompt else prompt[0]
         name = "text" if isinstance(first, str) else "input_ids"
         request = {name: prompt, "sampling_params": {"temperature": 0, **sampling}, **(fields or {})}
-        return self.post("/generate", request, timeout=timeout)
+        return self.post("/generate", request)
 
     def stop(self) -> None:
         """End the server's processes; safe to call twice.
