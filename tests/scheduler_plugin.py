@@ -170,10 +170,10 @@ def _stale_donor(scheduler: Any) -> Any:
     tree = scheduler.tree_cache
     original = tree.path_device_indices
 
-    def moved(*args: Any, **kwargs: Any) -> Any:
-        return original(*args, **kwargs).roll(61)
+    def others(*args: Any, **kwargs: Any) -> Any:
+        return original(*args, **kwargs).flip(0)
 
-    return tree, "path_device_indices", moved
+    return tree, "path_device_indices", others
 
 
 def _corrupt_copy() -> Any:
