@@ -166,7 +166,7 @@ def _wrong_rotation() -> Any:
 
 
 def _stale_donor(scheduler: Any) -> Any:
-    """The slots of other tokens, as if the donor had been evicted and its slots given to someone else."""
+    """The slots of other tokens: the donor's own, in reverse. Moved by 61 tokens only, 64 audits may miss it."""
     tree = scheduler.tree_cache
     original = tree.path_device_indices
 
