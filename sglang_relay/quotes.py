@@ -15,20 +15,22 @@ SHORTEST = 2
 """Decoded tokens, the latest ones, that must stand in the prompt: one is mostly no quote."""
 LONGEST = 16
 """A longer agreement makes no place in the prompt a better one."""
-REACH = 3
-"""Positions that each token of an agreement beyond the first is worth: a short one is often no quote."""
-NEXT = 2
-"""Tokens behind an agreement of which one must be stale. Not only the first: a decode step that is planned before the
-token it begins with is known (overlap scheduling) looks for the second, and the next step would come too late."""
+REACH = 2
+"""Positions that each token of an agreement beyond the shortest is worth: a short one is often no quote."""
 PLACES = 2
 """Where the text stands several times in the prompt, that many places count: the latest of the
 longest agreements, then those that are next in length, the first of equal ones."""
 
 
+def may_quote(tokens: np.ndarray, latest: int, stale: np.ndarray) -> bool:
+    """Whether `quoted` could find something once the token behind ``latest`` is known."""
+    return bool(((tokens[:-SHORTEST] == latest) & stale[SHORTEST:]).any())
+
+
 def quoted(tokens: np.ndarray, answer: Sequence[int], stale: np.ndarray, ahead: int) -> np.ndarray:
-    """Positions to recompute now, int64, ascending: of the tokens behind what the answer agrees with, at most
-    ``ahead`` and `REACH` for each it agrees in beyond the first, those that are stale. None where the `NEXT` ones
-    are not.
+    """Positions to recompute now, int64, ascending: of the tokens behind what the answer agrees with, if the next one
+    is stale, those that are; at most ``ahead`` of them, and one for the shortest agreement with `REACH` for each token
+    more.
 
     tokens: int [n], the prompt. answer: decoded tokens, at least the latest `LONGEST`. stale: bool [n], tokens whose KV
     was not computed for this prompt.
@@ -48,8 +50,8 @@ def quoted(tokens: np.ndarray, answer: Sequence[int], stale: np.ndarray, ahead: 
     best = [order[latest], *np.delete(order, latest)[: PLACES - 1]]
     wanted = np.zeros(len(tokens), dtype=bool)
     for end, length in zip(ends[best].tolist(), lengths[best].tolist(), strict=True):
-        if stale[end + 1 : end + 1 + NEXT].any():
-            wanted[end + 1 : end + 1 + min(ahead, REACH * (length - 1))] = True
+        if stale[end + 1]:
+            wanted[end + 1 : end + 2 + min(ahead - 1, REACH * (length - SHORTEST))] = True
     return np.flatnonzero(wanted & stale)
 
 

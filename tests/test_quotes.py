@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sglang_relay.quotes import LONGEST, NEXT, PLACES, REACH, SHORTEST, quoted
+from sglang_relay.quotes import LONGEST, PLACES, REACH, SHORTEST, may_quote, quoted
 
 TEXT = np.array([9, 9, 1, 2, 3, 4, 5, 6, 7, 8, 9, 9, 1, 2, 3, 8, 8, 1, 2, 3, 5, 8], dtype=np.int32)
 ALL = np.ones(len(TEXT), dtype=bool)
@@ -15,12 +15,13 @@ ALL = np.ones(len(TEXT), dtype=bool)
 
 def test_what_follows_the_quote() -> None:
     assert quoted(TEXT, [7, 3, 4, 5], ALL, 2).tolist() == [7, 8]
+    assert quoted(TEXT, [7, 3, 4, 5], ALL, 8).tolist() == [7, 8, 9]
 
 
 def test_a_longer_agreement_reaches_further() -> None:
     text = np.arange(20, dtype=np.int32)
-    reached = [quoted(text, [77, *range(5 - length, 5)], np.ones(20, dtype=bool), 8) for length in (2, 3, 4)]
-    assert [found.tolist() for found in reached] == [list(range(5, 5 + n)) for n in (3, 6, 8)]
+    reached = [quoted(text, [77, *range(6 - length, 6)], np.ones(20, dtype=bool), 8) for length in (2, 3, 4, 6)]
+    assert [found.tolist() for found in reached] == [list(range(6, 6 + n)) for n in (1, 3, 5, 8)]
 
 
 def test_of_several_places_the_latest_of_the_longest_and_the_first_others() -> None:
@@ -40,15 +41,12 @@ def test_no_quote(answer: list[int]) -> None:
     assert quoted(TEXT, answer, ALL, 8).tolist() == []
 
 
-def test_nothing_where_the_next_tokens_are_not_stale() -> None:
-    """One of two is enough, and whichever it is, those behind come along."""
+def test_nothing_where_the_next_token_is_not_stale() -> None:
     stale = ALL.copy()
-    stale[7] = False
-    assert quoted(TEXT, [3, 4, 5], stale, 8).tolist() == [8, 9, 10, 11, 12]
-    assert quoted(TEXT, [2, 3, 4], stale, 3).tolist() == [6, 8]
     stale[8] = False
+    assert quoted(TEXT, [3, 4, 5], stale, 8).tolist() == [7, 9]
+    stale[7] = False
     assert quoted(TEXT, [3, 4, 5], stale, 8).tolist() == []
-    assert quoted(TEXT, [2, 3, 4], stale, 8).tolist() == [6, 9, 10, 11]
 
 
 def literal(tokens: list[int], answer: list[int], stale: list[bool], ahead: int) -> list[int]:
@@ -67,8 +65,8 @@ def literal(tokens: list[int], answer: list[int], stale: list[bool], ahead: int)
     latest = max(places, default=None)
     others = sorted((p for p in places if p != latest), key=lambda place: (-place[0], place[1]))
     for length, end in [*([latest] if latest else []), *others][:PLACES]:
-        if any(stale[end + 1 : end + 1 + NEXT]):
-            reach = min(ahead, REACH * (length - 1))
+        if stale[end + 1]:
+            reach = min(ahead, 1 + REACH * (length - SHORTEST))
             found |= {p for p in range(end + 1, end + 1 + reach) if p < len(tokens) and stale[p]}
     return sorted(found)
 
@@ -81,3 +79,15 @@ def test_as_defined(data: st.DataObject, ahead: int) -> None:
     stale = data.draw(st.lists(st.booleans(), min_size=len(tokens), max_size=len(tokens)))
     got = quoted(np.array(tokens, dtype=np.int32), answer, np.array(stale, dtype=bool), ahead)
     assert got.dtype == np.int64 and got.tolist() == literal(tokens, answer, stale, ahead)
+
+
+@given(st.data())
+def test_what_the_next_token_can_decide(data: st.DataObject) -> None:
+    tokens = data.draw(st.lists(st.integers(0, 3), min_size=1, max_size=20))
+    stale = data.draw(st.lists(st.booleans(), min_size=len(tokens), max_size=len(tokens)))
+    answer = data.draw(st.lists(st.integers(0, 3), min_size=1, max_size=6))
+    text, mask = np.array(tokens, dtype=np.int32), np.array(stale, dtype=bool)
+    decides = may_quote(text, answer[-1], mask)
+    assert decides == any(t == answer[-1] and s for t, s in zip(tokens, stale[2:], strict=False))
+    if not decides:
+        assert all(not len(quoted(text, [*answer, token], mask, 8)) for token in range(4))

@@ -1,5 +1,9 @@
 """Repair while decoding: before a decode step, reused tokens that an answer is about to quote are recomputed.
 
+Overlap scheduling launches a step before the host knows the token that it begins with, and that token decides what is
+quoted. So the host reads it back and waits for the step before, but only where a token of the prompt's text could make
+a quote of it: scheduling goes on overlapped, the device is idle while a step is launched.
+
 Runs in front of the step as a pass of its own over the quotes of all requests of the batch, eager, so a step that
 replays a captured graph does not change. The pass writes K and V of its rows in all layers, and nothing else.
 
@@ -24,8 +28,8 @@ from sglang_relay.engine.layout import Rows, pool_rows
 from sglang_relay.engine.requests import RelayRequest, relay_of
 from sglang_relay.engine.selection import Unselected
 from sglang_relay.engine.stage import Stage
-from sglang_relay.quotes import LONGEST, quoted
-from sglang_relay.transfer import on_device
+from sglang_relay.quotes import LONGEST, may_quote, quoted
+from sglang_relay.transfer import on_device, read_back
 
 if TYPE_CHECKING:
     from sglang.srt.managers.schedule_batch import Req
@@ -163,7 +167,7 @@ def repair_quotes(relay: RelayManager, tools: ForwardTools, reqs: list[Req], bat
         return
     failure, stage, wanted = None, None, []
     try:
-        wanted = [_wanted(req, state) for req, state in zip(reqs, states, strict=True)]
+        wanted = _wanted(reqs, states, batch)
         if any(w is not None for w in wanted):
             stage = _stage(tools, batch, wanted)
     except Exception as error:
@@ -178,11 +182,41 @@ def repair_quotes(relay: RelayManager, tools: ForwardTools, reqs: list[Req], bat
             state.quotes = None
 
 
-def _wanted(req: Req, state: RelayRequest | None) -> tuple[np.ndarray, Quotes] | None:
-    if state is None or state.quotes is None:
-        return None
-    found = state.quotes.wanted(req.output_ids[-LONGEST:], state.controls.quote_tokens)
-    return (found, state.quotes) if len(found) else None
+def _wanted(
+    reqs: list[Req], states: list[RelayRequest | None], batch: ForwardBatch
+) -> list[tuple[np.ndarray, Quotes] | None]:
+    """Per request."""
+    answers = _answers(reqs, states, batch)
+    wanted: list[tuple[np.ndarray, Quotes] | None] = [None] * len(reqs)
+    for row, (state, answer) in enumerate(zip(states, answers, strict=True)):
+        if state is not None and state.quotes is not None and answer is not None:
+            found = state.quotes.wanted(answer, state.controls.quote_tokens)
+            wanted[row] = (found, state.quotes) if len(found) else None
+    return wanted
+
+
+def _answers(reqs: list[Req], states: list[RelayRequest | None], batch: ForwardBatch) -> list[list[int] | None]:
+    """Per request, the latest tokens of its answer, the one that the step begins with included; None where that one is
+    not known and need not be."""
+    answers: list[list[int] | None] = [list(req.output_ids[-LONGEST:]) for req in reqs]
+    if batch.seq_lens_cpu is None:
+        raise RuntimeError("the lengths of a decode batch are not known")
+    lengths = batch.seq_lens_cpu.tolist()
+    late = [row for row, req in enumerate(reqs) if len(req.origin_input_ids) + len(req.output_ids) < lengths[row]]
+    if any(_decides(answers[row], states[row]) for row in late):
+        (begun,) = read_back([batch.input_ids])
+        for row in late:
+            answers[row] = [*(answers[row] or ()), int(begun[row])]
+    else:
+        for row in late:
+            answers[row] = None
+    return answers
+
+
+def _decides(answer: list[int] | None, state: RelayRequest | None) -> bool:
+    """Whether the token behind ``answer`` decides if something is quoted."""
+    quotes = None if state is None else state.quotes
+    return bool(quotes is not None and answer and may_quote(quotes.tokens, answer[-1], quotes.stale()))
 
 
 def _stage(tools: ForwardTools, batch: ForwardBatch, wanted: list[tuple[np.ndarray, Quotes] | None]) -> Stage:
