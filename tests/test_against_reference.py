@@ -191,13 +191,15 @@ def cached(segments: list[Segment], result: Result) -> list[Segment]:
 
 
 def cost(policy: Policy, layers: int, reused: int, selected: int, tail: int) -> float:
-    """Rows beyond one per fresh token, in all layers, as a share of what computing the reused tokens would take."""
+    """Rows beyond one per fresh token, in all layers, as a share of what computing the reused tokens would take. Of the
+    last layer they need K and V, which count a tenth."""
     if isinstance(policy, Probe):
-        return (selected + min(policy.queries, tail)) / reused
+        return (selected + min(policy.queries, tail)) * (layers - 0.9) / reused / layers
     if isinstance(policy, LegoLink):
-        return selected / reused
+        return selected * (layers - 0.9) / reused / layers
     end = policy.end if isinstance(policy, Relay) else layers - 1
-    return (reused * (policy.det + 1) + selected * (end - policy.det)) / reused / layers
+    spared = 0.9 * selected if end == layers - 1 else 0.0
+    return (reused * (policy.det + 1) + selected * (end - policy.det) - spared) / reused / layers
 
 
 def check_counts(report: dict[str, Any], prompt: Prompt, recomputed: int) -> None:

@@ -1,8 +1,8 @@
 """A server in fp32 that recomputes what an answer quotes while it decodes, against the fp64 reference: every next-token
 distribution of an answer that is forced to quote its prompt's segments.
 
-What is recomputed in front of which step follows from the tokens that the scheduler knows by then: all that were
-decoded, and one fewer under overlap scheduling, which plans a step before the previous one's token has arrived.
+What is recomputed in front of which step follows from all tokens that were decoded by then, under overlap scheduling,
+too, where the host reads back the one that the step begins with.
 """
 
 from __future__ import annotations
@@ -40,10 +40,8 @@ class Expected(NamedTuple):
 
 
 class Quoting:
-    """lag: decoded tokens that the scheduler does not know yet when it plans a step."""
-
-    def __init__(self, server: Server, reference: Reference, lag: int) -> None:
-        self.server, self.reference, self.lag = server, reference, lag
+    def __init__(self, server: Server, reference: Reference) -> None:
+        self.server, self.reference = server, reference
         self.vocab: int = reference.config["vocab_size"]
         self.rng = random.Random(11)
         self.donors: list[Donor] = []
@@ -83,7 +81,7 @@ class Quoting:
         result = self.prefill(prompt)
         stale, before = self.stale(prompt, result), []
         for step in range(len(answer)):
-            found = literal(prompt.tokens, answer[: max(0, step - self.lag)], stale, ahead) if ahead else []
+            found = literal(prompt.tokens, answer[:step], stale, ahead) if ahead else []
             for position in found:
                 stale[position] = False
             before.append(found)
@@ -98,7 +96,7 @@ def quoting(request: pytest.FixtureRequest, model: Path, reference: Reference) -
     overlap = request.param == "overlap"
     args = ["--radix-cache-backend", "relay", "--dtype", "float32", "--max-total-tokens", 4096, *READ_ARGS]
     with Server(model, *args, *([] if overlap else ["--disable-overlap-schedule"])) as server:
-        yield Quoting(server, reference, int(overlap))
+        yield Quoting(server, reference)
 
 
 def far(reading: Reading, expected: Expected) -> list[float]:
@@ -117,7 +115,8 @@ def test_quotes_are_recomputed_in_front_of_the_next_step(quoting: Quoting) -> No
     assert got.report["relayed"] + got.report["recomputed"] == prompt.matched
     selected = int(0.2 * prompt.matched)
     assert got.report["recomputed"] == selected + want.count
-    assert got.report["cost"] == pytest.approx((selected + Probe().queries + want.count) / prompt.matched, abs=1e-4)
+    rows, layers = selected + Probe().queries + want.count, quoting.reference.layers
+    assert got.report["cost"] == pytest.approx(rows * (layers - 0.9) / prompt.matched / layers, abs=1e-4)
     without = quoting.expect(prompt, answer, ahead=0)
     assert max(far(got, without)) > CLEAR, "the repair makes a difference here"
     late = Expected(quoting.reference.decode(prompt.tokens, quoting.prefill(prompt), answer, [[], *want.quoted]), [])
@@ -164,7 +163,7 @@ def test_another_suffix_behind_a_shared_segment(quoting: Quoting) -> None:
     answer = answer[:40]
     count = 0
     for step in range(len(answer)):
-        found = literal(branch, answer[: max(0, step - quoting.lag)], left, AHEAD)
+        found = literal(branch, answer[:step], left, AHEAD)
         for position in found:
             left[position] = False
         count += len(found)

@@ -33,7 +33,7 @@ def begin_chunk(req: Req, state: RelayRequest, depths: DepthMap) -> bool:
         state.report["influence"] = "none"
     state.own.clear()
     state.found = 0
-    state.pending, state.reused, state.layers = None, 0, 0
+    state.pending, state.reused, state.layers = None, 0, 0.0
     state.placed.clear()
     state.depth = 0
     if state.relays and req.prefix_len:

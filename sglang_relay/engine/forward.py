@@ -190,6 +190,7 @@ class StagedForward:
         stage.layers(done, last)
         ends, others = self._next(stage, lambda: [self.ends, stage.rows])
         others.keys_and_values(last, last)
+        self.selection.ends_early(others.rows)
         return ends.layers(last, self.layers)
 
     def _next(self, before: Stage | None, rows: Callable[[], list[np.ndarray]]) -> list[Stage]:

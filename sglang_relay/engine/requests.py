@@ -139,7 +139,7 @@ class RelayRequest:
     placed: list[Placed] = field(default_factory=list)
     """Donor KV since ``pending``."""
     reused: int = 0
-    layers: int = 0
+    layers: float = 0.0
     """Reused approximate tokens of this attempt, and token-layers that ran on account of their repair."""
     influence: Collected | None = None
     """What its decoding has collected (engine/influence.py)."""

@@ -14,7 +14,7 @@ from sglang_relay.engine.backend import AttentionProbe, DeviationProbe, RelayAtt
 from sglang_relay.engine.layout import Layout, Span
 from sglang_relay.engine.probing import ProbePass
 from sglang_relay.engine.tools import ForwardTools
-from sglang_relay.policies import Policy, PromptView
+from sglang_relay.policies import KEYS_AND_VALUES, Policy, PromptView
 from sglang_relay.transfer import read_back
 
 if TYPE_CHECKING:
@@ -23,12 +23,13 @@ if TYPE_CHECKING:
 
 class Work(NamedTuple):
     """What one plan's repair took. selected: reused tokens that the policy chose; layers: token-layers that ran on
-    account of the repair, probe pass and rows of earlier chunks included; influence: reused tokens that have one;
+    account of the repair, probe pass and rows of earlier chunks included, and `KEYS_AND_VALUES` of one for a row that
+    ends with these; influence: reused tokens that have one;
     unselected: reused tokens that keep what was placed or interpolated, None where nobody asks for them; entered:
     whether reused tokens entered with stored hidden states."""
 
     selected: int
-    layers: int
+    layers: float
     influence: int
     unselected: Unselected | None
     entered: bool
@@ -65,13 +66,19 @@ class Selection:
         self._influence: list[torch.Tensor | None] = [None] * plans
         self._probing: ProbePass | None = None
         self._selected = [0] * plans
-        self._layers = [0] * plans
+        self._layers = [0.0] * plans
         self._known = [0] * plans
         self._unselected: list[Unselected | None] = [None] * plans
 
-    def charge(self, number: int, layers: int) -> None:
+    def charge(self, number: int, layers: float) -> None:
         """Plan ``number`` runs that many token-layers on account of its repair."""
         self._layers[number] += layers
+
+    def ends_early(self, rows: np.ndarray) -> None:
+        """``rows`` are charged with a whole layer, and need no more of it than K and V."""
+        for number, spans in enumerate(self._spans):
+            reused = np.isin(self._layout.rows_of(spans), rows, assume_unique=True) if spans else np.empty(0)
+            self.charge(number, -(1 - KEYS_AND_VALUES) * np.count_nonzero(reused))
 
     def work(self, *, entered: bool) -> list[Work]:
         """Per plan."""
@@ -96,7 +103,7 @@ class Selection:
         self._backend.probe = AttentionProbe(scores, layers)
         self._probing = probing
         for number, rows in enumerate(probing.repeated):
-            self.charge(number, rows * layers)
+            self.charge(number, rows * (layers - 1 + KEYS_AND_VALUES))
 
     def collect(self) -> None:
         """Sum over the ranks what they measured. Collectives: a rank whose measurement failed takes part with zeros,
