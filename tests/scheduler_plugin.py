@@ -166,14 +166,14 @@ def _wrong_rotation() -> Any:
 
 
 def _stale_donor(scheduler: Any) -> Any:
-    """The slots of other tokens: the donor's own, in reverse. Moved by 61 tokens only, 64 audits may miss it."""
+    """The slots of other tokens: the donor's own, 61 tokens away."""
     tree = scheduler.tree_cache
     original = tree.path_device_indices
 
-    def others(*args: Any, **kwargs: Any) -> Any:
-        return original(*args, **kwargs).flip(0)
+    def moved(*args: Any, **kwargs: Any) -> Any:
+        return original(*args, **kwargs).roll(61)
 
-    return tree, "path_device_indices", others
+    return tree, "path_device_indices", moved
 
 
 def _corrupt_copy() -> Any:

@@ -6,15 +6,21 @@ import random
 from collections.abc import Iterator
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 from plugins import Inspector
+from test_certificate import candidate, made
 from transformers import AutoTokenizer
 
 from sglang_relay.engine.audit import divergence
 from sglang_relay.fetch_model import ensure_model
+from sglang_relay.identity import identify
 from sglang_relay.measure.server import Server
 
+EDGE = 0.01
+"""Nats; of the next token under `probe` at .2. Wider than what a certificate says of this model: an upper bound of the
+90th percentile is .005 and .008 on the two held-out sets of docs/fidelity.md."""
 SOUND = 24
 """Audits of a sound tier before a fault is injected."""
 ROLES = ("a council member", "an engineer", "a teacher", "a reporter", "a treasurer", "a shopkeeper", "a nurse")
@@ -54,10 +60,15 @@ class World:
 
 
 @pytest.fixture(scope="module")
-def world(inspector: Inspector) -> Iterator[World]:
+def world(inspector: Inspector, tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
+    """`probe` is certified from a share of .2 on, nothing else is."""
     model = ensure_model("smollm2-135m")
     tokenizer = AutoTokenizer.from_pretrained(model)
+    measured = candidate("probe", "0.2", 4e-3, 0.25)
+    measured = msgspec.structs.replace(measured, figures=msgspec.structs.replace(measured.figures, next_kl_edge=EDGE))
+    certificate = made(measured, identity=identify(model, dtype="bfloat16")).save(tmp_path_factory.mktemp("certified"))
     env = {**inspector.env, "SGLANG_RELAY_AUDIT_EVERY": "1", "SGLANG_RELAY_DONATE": "none"}
+    env["SGLANG_RELAY_CERTIFICATE"] = str(certificate)
     args = ("--radix-cache-backend", "relay", "--chunked-prefill-size", 320, "--max-total-tokens", 65_536)
     with Server(model, *args, env=env) as server:
         yield World(server, lambda text: tokenizer.encode(text, add_special_tokens=False))
@@ -89,13 +100,18 @@ def test_a_prompt_of_several_chunks_is_not_audited(world: World, rng: random.Ran
 
 @pytest.mark.parametrize(
     ("fault", "policy", "budget"),
-    [("rotation", "probe_only", 0.1), ("stale", "probe_only", 0.11), ("corrupt", "probe", 0.32)],
+    [
+        ("rotation", "probe", 0.2),
+        ("stale", "probe", 0.21),
+        ("corrupt", "probe", 0.22),
+        ("rotation", "probe_only", 0.1),
+    ],
 )
 def test_a_fault_is_caught_and_the_server_goes_on(
     world: World, inspector: Inspector, rng: random.Random, fault: str, policy: str, budget: float
 ) -> None:
-    """Rotation and donor under a policy that keeps donor KV as it is, and recomputes little of it: interpolation, or a
-    share of .3, mends much of what they spoil."""
+    """Each one under the default policy and a certificate. Without one the band is wide: a rotation is found where
+    little is recomputed, slots of other tokens of the same text may not be."""
     params, tier = {"relay_policy": policy, "relay_budget": budget}, f"{policy}@{budget:g}"
     for _ in range(SOUND):
         assert world.report(world.prompt(rng), **params)["declined"] == "audited"
@@ -112,7 +128,8 @@ def test_a_fault_is_caught_and_the_server_goes_on(
     assert declined[-1] == "breaker_open" and set(declined) == {"audited", "breaker_open"}
     assert state["open"] == 1 and state["trips"] == 1, state
     print(f"{fault}: caught after {len(declined) - 1} audits")
-    assert "band 0.1 (default, no certificate)" in state["reason"], state
+    band = f"{EDGE} (certificate of 2026-11-24)" if policy == "probe" else "0.1 (default, no certificate)"
+    assert f"band {band}" in state["reason"], state
     assert f"relay: {tier} is open" in world.server.log()
     prompt = world.prompt(rng)
     stock = world.ask(prompt, 4, **params)
