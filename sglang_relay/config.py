@@ -63,7 +63,7 @@ class RelayConfig:
     budget: how much a policy may recompute (``budget.py``) where the request does not say; None: the policy's own.
     probe_queries: most of a prompt's last fresh tokens that look at the segments under ``probe``.
     route_above: a prompt with this many fresh tokens behind its last segment per reused token, or more, is prefilled in
-    full under ``probe``, which then has little to save.
+    full under ``probe``: most of it has to be computed anyway.
     quote_tokens: how far ahead, in tokens at most, what an answer quotes of a reused segment is recomputed while it
     decodes under ``probe`` (``quotes.py``); 0 for never.
     cost_model: whether a prompt is relayed only where that is predicted to save time (``cost.py``).
@@ -93,7 +93,7 @@ class RelayConfig:
     suffix: int = 10
     budget: Budget | None = None
     probe_queries: int = 8
-    route_above: float = 0.5
+    route_above: float = 1.0
     quote_tokens: int = 8
     cost_model: bool = True
     attention: str = "auto"

@@ -277,12 +277,12 @@ def test_budget(world: World, name: str, budget: int | float | str, policy: Poli
 
 
 def test_probe_is_the_default_and_leaves_long_suffixes_to_full_prefill(world: World) -> None:
-    """At .3 for a model without a certificate. It declines 32 fresh tokens behind 64 reused ones, and takes 31."""
+    """At .3 for a model without a certificate. It declines 64 fresh tokens behind 64 reused ones, and takes 63."""
     if world.setting is not TINY:
         pytest.skip("the decision does not depend on the model")
     cuts = [Cut(1, 20, 64, 8)]
-    check(world, world.prompt(Case(cuts, 31)), Probe(0.3))
-    prompt = world.prompt(Case(cuts, 32))
+    check(world, world.prompt(Case(cuts, 63)), Probe(0.3))
+    prompt = world.prompt(Case(cuts, 64))
     got, report = world.serve(prompt)
     assert report["declined"] == "long_suffix", report
     assert (report["relayed"], report["recomputed"], report["segments"]) == (0, 0, 0), report

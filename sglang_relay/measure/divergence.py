@@ -56,8 +56,8 @@ class Choice(NamedTuple):
 
 
 def parse_choice(label: str) -> Choice:
-    """``name[@budget][+key=value...]``: ``probe@0.2+router=false`` asks for ``relay_policy: probe``,
-    ``relay_budget: 0.2`` and ``relay_router: false``. Values are JSON, or text. ValueError for anything else."""
+    """``name[@budget][+key=value...]``: ``probe@0.2+quote_tokens=0`` asks for ``relay_policy: probe``,
+    ``relay_budget: 0.2`` and ``relay_quote_tokens: 0``. Values are JSON, or text. ValueError for anything else."""
     head, *extras = label.split("+")
     name, _, budget = head.partition("@")
     params: dict[str, Any] = {"relay_policy": name}
