@@ -11,19 +11,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from plugins import install_plugin
 from prompts import random_tokens
 from tiny_model import make_tiny_llama
 
 from sglang_relay.budget import Budget
 from sglang_relay.config import RelayConfig
-from sglang_relay.cost import PRIOR, TRIAL_EVERY
+from sglang_relay.cost import PRIOR, TRIAL_EVERY, together
 from sglang_relay.engine.consensus import Consensus, digest_of
 from sglang_relay.engine.costing import LAG, Costs
 from sglang_relay.engine.donors import EXACT_PREFIX
+from sglang_relay.engine.selection import Work
 from sglang_relay.measure.server import Server
-from sglang_relay.plan import Candidate
-from sglang_relay.policies import make_policies
+from sglang_relay.plan import Candidate, RelayPlan, Segment
+from sglang_relay.policies import KEYS_AND_VALUES, make_policies
 
 VOCAB = 1024
 LAYERS = 6
@@ -269,3 +271,15 @@ def test_a_probe_over_several_chunks_pays_for_the_rows_that_run_again() -> None:
         assert len(found) == kept, chunk
     found, _ = costs(1024).choose(RID, 0, 6000, prompt, POLICIES["rotate"], None)
     assert found == prompt, "without a probe nothing runs again"
+
+
+def test_what_ran_is_learnt_in_the_units_of_what_was_predicted() -> None:
+    """A row that ends with K and V of the last layer counts as one, as fresh rows do, which end there, too."""
+    some, budget = costs(), Budget("share", 0.25)
+    slots = torch.arange(1, 801)
+    segment = Segment(100, 900, source=100, depth=0, slots=slots, exact=False, end=900, index=0)
+    plan = RelayPlan(0, 0, 1000, (segment,), budget, last=True)
+    ran = Work(200, (200 + 24) * (LAYERS - 1 + KEYS_AND_VALUES), 0, None, entered=False)
+    learnt = some._features([(0, 1000)], POLICIES["probe"], [plan], [ran])
+    predicted = some._relayed(0, 1000, [piece(100, 900)], POLICIES["probe"], budget)
+    assert learnt == pytest.approx(together([predicted]))

@@ -14,8 +14,8 @@ class ProbePass:
     fresh tokens that an earlier chunk computed are.
 
     rows: int64, ascending rows that run. head: those that are final. missing: bool [rows of the layout], rows without K
-    and V. asked: per prompt that ends here, the index of its plan and its queries. repeated: per plan, rows that run on
-    account of the repair: queries here, and fresh tokens of earlier chunks once more afterwards.
+    and V. asked: per prompt that ends here, the index of its plan and its queries. repeated: per plan, fresh tokens of
+    earlier chunks, which run once more in the pass behind this one.
     """
 
     def __init__(self, layout: Layout, queries: int) -> None:
@@ -31,7 +31,7 @@ class ProbePass:
             last = fresh[fresh >= spans[-1].stop][-queries:]
             heads.append(fresh[fresh < spans[0].row])
             asking.append((number, last, spans))
-            self.repeated[number] = len(last) + int(np.count_nonzero(layout.positions[fresh] < plan.prefix))
+            self.repeated[number] = int(np.count_nonzero(layout.positions[fresh] < plan.prefix))
         self.head = np.concatenate(heads)
         self.rows = np.sort(np.concatenate([self.head, *(last for _, last, _ in asking)]))
         self.missing = layout.fresh & (layout.positions >= layout.prefixes[layout.owner])

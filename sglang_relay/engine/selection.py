@@ -75,10 +75,13 @@ class Selection:
         self._layers[number] += layers
 
     def ends_early(self, rows: np.ndarray) -> None:
-        """``rows`` are charged with a whole layer, and need no more of it than K and V."""
-        for number, spans in enumerate(self._spans):
-            reused = np.isin(self._layout.rows_of(spans), rows, assume_unique=True) if spans else np.empty(0)
-            self.charge(number, -(1 - KEYS_AND_VALUES) * np.count_nonzero(reused))
+        """Of the last layer, only K and V of ``rows`` are computed; those of a repair are charged with all of it."""
+        layout = self._layout
+        charged = layout.fresh & (layout.positions < layout.prefixes[layout.owner])
+        charged[layout.rows_of(layout.approximate())] = True
+        ended = np.bincount(layout.owner[rows[charged[rows]]], minlength=len(layout.starts) - 1)
+        for number, plan in enumerate(layout.plans):
+            self.charge(number, -(1 - KEYS_AND_VALUES) * int(ended[plan.row]))
 
     def work(self, *, entered: bool) -> list[Work]:
         """Per plan."""
@@ -102,8 +105,10 @@ class Selection:
         scores = tools.ops.probe.plan(asked, dtype=tools.runner.dtype, device=self._layout.device)
         self._backend.probe = AttentionProbe(scores, layers)
         self._probing = probing
+        for number, queries in probing.asked:
+            self.charge(number, len(queries.rows) * (layers - 1 + KEYS_AND_VALUES))
         for number, rows in enumerate(probing.repeated):
-            self.charge(number, rows * (layers - 1 + KEYS_AND_VALUES))
+            self.charge(number, rows * layers)
 
     def collect(self) -> None:
         """Sum over the ranks what they measured. Collectives: a rank whose measurement failed takes part with zeros,
