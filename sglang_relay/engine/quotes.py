@@ -2,8 +2,8 @@
 
 Overlap scheduling launches a step before the host knows the token that it begins with, and that token decides what is
 quoted. So the host reads it back, and waits for the step before, unless no token could make a quote: with one request
-that is so in a third of the steps (docs/fidelity.md), with many in few. What is planned, is planned overlapped still;
-the device is idle while a step is launched.
+that is so in a third of the steps (docs/fidelity.md), with many in few. Scheduling itself stays overlapped; the device
+is idle while a step is launched.
 
 Runs in front of the step as a pass of its own over the quotes of all requests of the batch, eager, so a step that
 replays a captured graph does not change. The pass writes K and V of its rows in all layers, and nothing else.
