@@ -18,7 +18,7 @@ from sglang_relay.engine.donors import EXACT_PREFIX
 from sglang_relay.engine.matching import reachable
 from sglang_relay.engine.timing import Stopwatch
 from sglang_relay.plan import Candidate, RelayPlan
-from sglang_relay.policies import KEYS_AND_VALUES
+from sglang_relay.policies import row_layers
 
 if TYPE_CHECKING:
     from sglang.srt.model_executor.forward_batch_info import ForwardBatch
@@ -148,7 +148,7 @@ class Costs:
             exact = [(s.start, s.stop) for s in plan.segments if s.exact]
             placed = sum(b - a for a, b in reused)
             probe = min(self._probe_queries, plan.stop - reused[-1][1]) if policy.probes and plan.last and reused else 0
-            rows = done.layers / (self._layers - 1 + KEYS_AND_VALUES) - probe
+            rows = done.layers / row_layers(self._layers) - probe
             repair = min(1.0, max(0.0, rows / placed)) if placed else 0.0
             found[plan.row] = relay_features(plan.prefix, plan.stop, reused, repair, exact=exact, probe_rows=probe)
         return together(list(found.values()))

@@ -27,7 +27,7 @@ from sglang_relay.engine.planning import Planner
 from sglang_relay.engine.report import REPORT_KEY, Stats
 from sglang_relay.engine.requests import Controls, RelayRequest, new_report, read_controls, relay_of
 from sglang_relay.plan import Candidate, Decline, RelayPlan
-from sglang_relay.policies import KEYS_AND_VALUES, Policy, make_policies
+from sglang_relay.policies import Policy, make_policies, row_layers
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -356,7 +356,7 @@ class RelayManager:
         report["relayed"] -= inside
         report["recomputed"] += inside
         report["quoted"] += tokens
-        state.layers += tokens * (self.num_layers - 1 + KEYS_AND_VALUES)
+        state.layers += tokens * row_layers(self.num_layers)
         self._report_cost(state)
         self.stats.quoted(tokens)
 

@@ -14,7 +14,7 @@ from sglang_relay.engine.backend import AttentionProbe, DeviationProbe, RelayAtt
 from sglang_relay.engine.layout import Layout, Span
 from sglang_relay.engine.probing import ProbePass
 from sglang_relay.engine.tools import ForwardTools
-from sglang_relay.policies import KEYS_AND_VALUES, Policy, PromptView
+from sglang_relay.policies import KEYS_AND_VALUES, Policy, PromptView, row_layers
 from sglang_relay.transfer import read_back
 
 if TYPE_CHECKING:
@@ -24,9 +24,8 @@ if TYPE_CHECKING:
 class Work(NamedTuple):
     """What one plan's repair took. selected: reused tokens that the policy chose; layers: token-layers that ran on
     account of the repair, probe pass and rows of earlier chunks included, and `KEYS_AND_VALUES` of one for a row that
-    ends with these; influence: reused tokens that have one;
-    unselected: reused tokens that keep what was placed or interpolated, None where nobody asks for them; entered:
-    whether reused tokens entered with stored hidden states."""
+    ends with these; influence: reused tokens that have one; unselected: reused tokens that keep what was placed or
+    interpolated, None where nobody asks for them; entered: whether reused tokens entered with stored hidden states."""
 
     selected: int
     layers: float
@@ -106,7 +105,7 @@ class Selection:
         self._backend.probe = AttentionProbe(scores, layers)
         self._probing = probing
         for number, queries in probing.asked:
-            self.charge(number, len(queries.rows) * (layers - 1 + KEYS_AND_VALUES))
+            self.charge(number, len(queries.rows) * row_layers(layers))
         for number, rows in enumerate(probing.repeated):
             self.charge(number, rows * layers)
 

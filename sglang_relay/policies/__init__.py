@@ -1,7 +1,7 @@
 """Recompute policies: which reused tokens run again, and through which layers."""
 
 from sglang_relay.config import RelayConfig
-from sglang_relay.policies.base import KEYS_AND_VALUES, Policy, PromptView
+from sglang_relay.policies.base import KEYS_AND_VALUES, Policy, PromptView, row_layers
 from sglang_relay.policies.cacheblend import CacheBlend
 from sglang_relay.policies.full import Full
 from sglang_relay.policies.legolink import LegoLink
@@ -9,7 +9,7 @@ from sglang_relay.policies.probe import Probe, ProbeOnly
 from sglang_relay.policies.relay import DeviationPolicy
 from sglang_relay.policies.rotate import Rotate
 
-__all__ = ["KEYS_AND_VALUES", "Policy", "PromptView", "make_policies"]
+__all__ = ["KEYS_AND_VALUES", "Policy", "PromptView", "make_policies", "row_layers"]
 
 _SIMPLE = (Probe, ProbeOnly, CacheBlend, LegoLink, Rotate, Full)
 

@@ -17,6 +17,11 @@ KEYS_AND_VALUES = 0.1
 policy study counts it (design: policy-study.md, 19.4 and 38.8 % for .2 and .4 of the tokens in 30 layers)."""
 
 
+def row_layers(layers: int) -> float:
+    """Token-layers of a row that runs through all ``layers`` and ends with K and V of the last one."""
+    return layers - 1 + KEYS_AND_VALUES
+
+
 @dataclass(frozen=True, slots=True)
 class PromptView:
     """What a policy sees of one prompt when it selects: its approximate reused tokens, segment after segment, n in all.
