@@ -375,6 +375,9 @@ def test_probe_in_chunks(tmp_path: Path) -> None:
     assert report["declined"] is None, report
     assert (report["relayed"], report["recomputed"]) == (reused - selected, selected), report
     assert (report["exact"], report["fresh"]) == (0, len(prompt.tokens) - reused), report
+    again = first - segments[0].start - sum(min(s.stop, first - 1) - s.start for s in segments)
+    rows, layers = selected + 12 + again, world.reference.layers
+    assert again > 0 and report["cost"] == pytest.approx(rows * (layers - 0.9) / reused / layers, abs=1e-4)
     assert far(got, log_probabilities(want)) < BOUND
     at_once = world.reference.run(prompt.tokens, segments, Probe(queries=12))
     assert far(got, log_probabilities(at_once)) > CLEAR, "the border should matter"

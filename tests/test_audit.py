@@ -18,9 +18,9 @@ from sglang_relay.fetch_model import ensure_model
 from sglang_relay.identity import identify
 from sglang_relay.measure.server import Server
 
-EDGE = 0.01
-"""Nats; of the next token under `probe` at .2. Wider than what a certificate says of this model: an upper bound of the
-90th percentile is .005 and .008 on the two held-out sets of docs/fidelity.md."""
+EDGE = 0.011
+"""Nats; of the next token under `probe` at .2, as a certificate would have it: an upper bound of the 90th percentile is
+.005, .008 and .011 on the three held-out sets of docs/fidelity.md."""
 SOUND = 24
 """Audits of a sound tier before a fault is injected."""
 ROLES = ("a council member", "an engineer", "a teacher", "a reporter", "a treasurer", "a shopkeeper", "a nurse")
@@ -110,7 +110,7 @@ def test_a_prompt_of_several_chunks_is_not_audited(world: World, rng: random.Ran
 def test_a_fault_is_caught_and_the_server_goes_on(
     world: World, inspector: Inspector, rng: random.Random, fault: str, policy: str, budget: float
 ) -> None:
-    """Each one under the default policy and a certificate. Without one the band is wide: a rotation is found where
+    """Each one under `probe` at about .2 and a certificate. Without one the band is wide: a rotation is found where
     little is recomputed, slots of other tokens of the same text may not be."""
     params, tier = {"relay_policy": policy, "relay_budget": budget}, f"{policy}@{budget:g}"
     for _ in range(SOUND):

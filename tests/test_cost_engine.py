@@ -25,7 +25,7 @@ from sglang_relay.engine.donors import EXACT_PREFIX
 from sglang_relay.engine.selection import Work
 from sglang_relay.measure.server import Server
 from sglang_relay.plan import Candidate, RelayPlan, Segment
-from sglang_relay.policies import KEYS_AND_VALUES, make_policies
+from sglang_relay.policies import make_policies
 
 VOCAB = 1024
 LAYERS = 6
@@ -279,7 +279,7 @@ def test_what_ran_is_learnt_in_the_units_of_what_was_predicted() -> None:
     slots = torch.arange(1, 801)
     segment = Segment(100, 900, source=100, depth=0, slots=slots, exact=False, end=900, index=0)
     plan = RelayPlan(0, 0, 1000, (segment,), budget, last=True)
-    ran = Work(200, (200 + 24) * (LAYERS - 1 + KEYS_AND_VALUES), 0, None, entered=False)
+    ran = Work(200, (200 + 24) * (LAYERS - 0.9), 0, None, entered=False)
     learnt = some._features([(0, 1000)], POLICIES["probe"], [plan], [ran])
     predicted = some._relayed(0, 1000, [piece(100, 900)], POLICIES["probe"], budget)
     assert learnt == pytest.approx(together([predicted]))
