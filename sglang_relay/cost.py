@@ -117,8 +117,7 @@ def relay_features(
     reused, exact: disjoint ranges inside it that are copied; those of ``reused`` are repaired. repair: expected share
     of the layers of a reused token that run again, in [0, 1] (``Policy.expected_share``): 0 for ``rotate``, 1 for
     ``full``, for a staged policy its first layers and the selected share of the others. probe_rows: rows of a probe
-    pass at the prompt's end, 0 for policies without one. chunk: as in ``stock_features``; it counts computed rows, not
-    copied ones.
+    pass at the prompt's end, 0 for policies without one. chunk: as in ``stock_features``; what is copied counts, too.
     """
     rows, pairs, placed = float(stop - prefix), float(pairs_of(prefix, stop)), 0
     for ranges, skipped in ((reused, 1.0 - repair), (exact, 1.0)):
@@ -126,7 +125,7 @@ def relay_features(
             rows -= skipped * (b - a)
             pairs -= skipped * pairs_of(a, b)
             placed += b - a
-    passes = _chunks(rows, chunk) + (probe_rows > 0)
+    passes = _chunks(stop - prefix, chunk) + (probe_rows > 0)
     return Features("relay", passes, rows + probe_rows, pairs + pairs_of(stop - probe_rows, stop), placed)
 
 
@@ -138,8 +137,8 @@ def together(features: Sequence[Features]) -> Features:
     return Features(path, max(passes), sum(rows), sum(pairs), sum(placed))
 
 
-def _chunks(rows: float, chunk: int | None) -> int:
-    return 1 if chunk is None else max(1, math.ceil(rows / chunk))
+def _chunks(rows: int, chunk: int | None) -> int:
+    return 1 if chunk is None else max(1, -(-rows // chunk))
 
 
 class CostModel:

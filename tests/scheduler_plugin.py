@@ -7,24 +7,56 @@ import json
 import os
 import time
 from array import array
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
 _FOLDER = Path(os.environ["RELAY_TEST_INSPECTOR"])
-_PEAK = {"running": 0}
+_PEAK = {"running": 0, "rows": 0, "stage_rows": 0}
+_BROKEN: Counter[str] = Counter()
+"""Invariants of the scheduler that a step has broken, and how often."""
 
 
 def load() -> None:
     controller = "sglang.srt.managers.scheduler_components.internal_state.SchedulerInternalStateController"
     HookRegistry.register(f"{controller}.get_internal_state", answer, HookType.AFTER)
     HookRegistry.register("sglang.srt.managers.scheduler.Scheduler.process_batch_result", watch, HookType.BEFORE)
+    batch = "sglang.srt.managers.schedule_batch.ScheduleBatch"
+    HookRegistry.register(f"{batch}.prepare_for_extend", watch_admission, HookType.BEFORE)
+    runner = "sglang.srt.model_executor.model_runner.ModelRunner"
+    HookRegistry.register(f"{runner}._forward_raw", watch_rows, HookType.BEFORE)
 
 
 def watch(scheduler: Any, *args: Any, **kwargs: Any) -> None:
-    """Keep the greatest number of KV slots that running requests have held between two steps."""
+    """Keep the greatest number of KV slots that running requests have held between two steps, and see that no donor is
+    locked there."""
     _PEAK["running"] = max(_PEAK["running"], _running(scheduler))
+    relay = getattr(scheduler.tree_cache, "relay", None)
+    _BROKEN["donor locks"] += relay is not None and relay.donors.locked != 0
+
+
+def watch_admission(batch: Any, *args: Any, **kwargs: Any) -> None:
+    """What SGLang takes for granted of an admitted prefill; on any server, with or without the relay."""
+    from sglang.srt.runtime_context import get_schedule
+
+    unfinished = [r for r in batch.reqs if r.extend_end < len(r.full_untruncated_fill_ids)]
+    _BROKEN["unfinished prompts"] += len(unfinished) > 1
+    _BROKEN["unknown unfinished prompt"] += any(r is not batch.chunked_req for r in unfinished)
+    chunk = get_schedule().chunked_prefill_size
+    _BROKEN["rows"] += 0 < chunk < sum(r.extend_end - r.prefix_len for r in batch.reqs)
+    _BROKEN["requests twice"] += len({r.rid for r in batch.reqs}) < len(batch.reqs)
+    # A prompt goes on where its last chunk ended: what lies between was never computed.
+    _BROKEN["answer before its prompt"] += any(
+        r.output_ids and r.prefix_len < len(r.origin_input_ids) and r.retraction_count == 0 for r in batch.reqs
+    )
+
+
+def watch_rows(runner: Any, batch: Any, *args: Any, **kwargs: Any) -> None:
+    """The widest prefill that ran on SGLang's own path."""
+    if batch.forward_mode.is_extend():
+        _PEAK["rows"] = max(_PEAK["rows"], batch.input_ids.shape[0])
 
 
 def _running(scheduler: Any) -> int:
@@ -97,6 +129,27 @@ def pool(scheduler: Any) -> dict[str, int]:
     peak, _PEAK["running"] = _PEAK["running"], 0
     free = scheduler.token_to_kv_pool_allocator.available_size()
     return {"running": _running(scheduler), "held": scheduler.max_total_num_tokens - free, "peak": peak}
+
+
+def broken(scheduler: Any) -> dict[str, int]:
+    return {what: count for what, count in _BROKEN.items() if count}
+
+
+def widest(scheduler: Any) -> dict[str, int]:
+    """Rows of the widest prefill on SGLang's path, and of the widest stage, since this was last asked."""
+    found = {"stock": _PEAK["rows"], "stage": _PEAK["stage_rows"]}
+    _PEAK["rows"] = _PEAK["stage_rows"] = 0
+    from sglang_relay.engine.stage import Stage
+
+    if not hasattr(Stage, "watched"):
+        original = Stage.__init__
+
+        def counting(self: Any, model: Any, layout: Any, backend: Any, rows: Any, *args: Any, **kwargs: Any) -> None:
+            _PEAK["stage_rows"] = max(_PEAK["stage_rows"], len(rows))
+            original(self, model, layout, backend, rows, *args, **kwargs)
+
+        Stage.__init__, Stage.watched = counting, True
+    return found
 
 
 def hooked(scheduler: Any) -> list[str]:
@@ -241,6 +294,8 @@ QUESTIONS: dict[str, Any] = {
     "forget_hidden": forget_hidden,
     "module_hooks": module_hooks,
     "pool": pool,
+    "broken": broken,
+    "widest": widest,
     "hooked": hooked,
     "gather": gather,
     "secret": secret,

@@ -133,21 +133,24 @@ def batch(server: Server, inspector: Inspector, wanted: list[tuple[list[int], di
         return [a.result() for a in asked]
 
 
-def test_one_policy_per_batch(server: Server, inspector: Inspector, rng: random.Random) -> None:
-    prompts = [consumer(server, rng) for _ in range(2)]
-    wanted = [
-        (prompt, {}, {"relay_policy": policy}) for prompt, policy in zip(prompts, ("rotate", "relay"), strict=True)
-    ]
-    answers = batch(server, inspector, wanted)
-    reports = sorted((report_of(a) for a in answers), key=lambda r: r["declined"] or "")
-    assert reports[0]["declined"] is None and reports[0]["segments"] == 1
-    assert reports[1]["declined"] == "other_policy_in_batch" and reports[1]["segments"] == 0
-
-
-def test_hidden_states_of_one_request_make_its_batch_run_stock(
+def test_requests_of_other_policies_wait_for_a_batch_of_their_own(
     server: Server, inspector: Inspector, rng: random.Random
 ) -> None:
-    prompt = consumer(server, rng)
+    policies = ("rotate", "relay", "rotate", "probe", "legolink", "relay")
+    prompts, before = [consumer(server, rng) for _ in policies], stats(server)
+    wanted = [(prompt, {}, {"relay_policy": policy}) for prompt, policy in zip(prompts, policies, strict=True)]
+    for answer, policy in zip(batch(server, inspector, wanted), policies, strict=True):
+        report = report_of(answer)
+        assert (report["declined"], report["segments"], report["policy"]) == (None, 1, policy), report
+    after = stats(server)
+    assert after["batches"] - before["batches"] == len(set(policies))
+    assert after["waits"] > before["waits"], "they were in one queue"
+
+
+def test_hidden_states_of_one_request_do_not_keep_others_from_reusing(
+    server: Server, inspector: Inspector, rng: random.Random
+) -> None:
+    prompt, before = consumer(server, rng), stats(server)
     with_states, relayed = batch(
         server,
         inspector,
@@ -155,8 +158,9 @@ def test_hidden_states_of_one_request_make_its_batch_run_stock(
     )
     assert report_of(with_states)["declined"] == "hidden_states_requested"
     assert len(with_states["meta_info"]["hidden_states"][0]) == 40
-    assert report_of(relayed)["declined"] == "hidden_states_in_batch" and report_of(relayed)["segments"] == 0
-    assert relayed["output_ids"] == ask(server, prompt, relay="off")["output_ids"]
+    assert report_of(relayed)["declined"] is None and report_of(relayed)["segments"] == 1
+    assert stats(server)["waits"] > before["waits"], "they were in one queue"
+    assert relayed["output_ids"] == ask(server, prompt, relay_policy="rotate")["output_ids"]
 
 
 def test_a_failure_makes_the_whole_batch_run_stock(server: Server, inspector: Inspector, rng: random.Random) -> None:

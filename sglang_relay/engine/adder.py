@@ -1,75 +1,59 @@
-"""Prefill admission that charges the compute budget with what is computed, not with what is copied."""
+"""Prefill admission: SGLang's own, but requests that spoil each other's batch wait for a batch of their own.
+
+The budgets are not touched. Chunks are what the server's memory and SGLang's own buffers are sized for, and only one
+prompt may be unfinished at a time: a relayed prompt is admitted, and cut, as if it were computed. So whatever sends its
+batch to the stock path afterwards finds a batch that the server was sized for.
+"""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from sglang.srt.managers.schedule_policy import AddReqResult
-
-from sglang_relay.engine.accounting import chunk_end
-from sglang_relay.engine.matching import computed_tokens, reachable
 
 if TYPE_CHECKING:
     from sglang.srt.managers.schedule_batch import Req
     from sglang.srt.managers.schedule_policy import PrefillAdder
 
     from sglang_relay.engine.manager import RelayManager
-    from sglang_relay.engine.requests import RelayRequest
+    from sglang_relay.policies import Policy
 
 
 def adder_class(base: type[PrefillAdder], relay: RelayManager) -> type[PrefillAdder]:
-    """``base`` (managers/schedule_policy.py) with relayed prompts charged for fresh and repaired tokens only.
+    """``base`` (managers/schedule_policy.py), which lives for one batch.
 
-    The memory budget stays SGLang's: every token of a relayed prompt needs a slot.
+    A batch reuses text under one policy, or under none where a request in it says so (``RelayManager.company``). The
+    first request with such a wish decides. One with another wish stays in the queue, where its turn comes first. Of those
+    behind it only such may join that have been left waiting as often: what came later does not keep it waiting.
     """
 
     class RelayPrefillAdder(base):  # type: ignore[valid-type,misc]
+        relay_company: Policy | str | None = None
+        relay_waited = 0
+        """How often those that this batch leaves waiting have been left before."""
+
         def add_one_req(self, req: Req, has_chunked_req: bool, truncation_align_size: int | None) -> AddReqResult:
-            state = relay.propose(req)
-            if state is None or not state.pieces:
-                return super().add_one_req(req, has_chunked_req, truncation_align_size)
-            budget = _Budget(self, req, state, relay)
+            wish = relay.company(req)
+            if wish is not None and self._bars(req, wish):
+                self.relay_waited = max(self.relay_waited, relay.wait(req))
+                return self.budget_state()
             result = super().add_one_req(req, has_chunked_req, truncation_align_size)
-            return self.budget_state() if budget.settle() else result
+            self._note(req, wish)
+            return result
 
         def add_chunked_req(self, req: Req) -> Req | None:
-            state = relay.propose(req)
-            if state is None or not state.pieces:
-                return super().add_chunked_req(req)
-            budget = _Budget(self, req, state, relay)
+            wish = relay.company(req)
             rest = super().add_chunked_req(req)
-            budget.settle()
+            self._note(req, wish)
             return rest
 
+        def _bars(self, req: Req, wish: Policy | str) -> bool:
+            if self.relay_company is None:
+                return False
+            return wish is not self.relay_company or relay.waited(req) < self.relay_waited
+
+        def _note(self, req: Req, wish: Policy | str | None) -> None:
+            if wish is not None and self.can_run_list and self.can_run_list[-1] is req:
+                self.relay_company = wish
+
     return RelayPrefillAdder
-
-
-class _Budget:
-    """Widens an adder's compute budgets to the tokens they can reach, then charges what was really taken."""
-
-    def __init__(self, adder: Any, req: Req, state: RelayRequest, relay: RelayManager) -> None:
-        self._adder, self._req, self._pieces = adder, req, state.pieces
-        self._share = relay.policy_of(state).expected_share(state.controls.budget)
-        self._chunk, self._input = adder.rem_chunk_tokens, adder.rem_input_tokens
-        self._admitted = len(adder.can_run_list)
-        if self._chunk is not None and self._chunk > 0:
-            start, stop = req.prefix_len, len(req.full_untruncated_fill_ids)
-            end = reachable(state.pieces, self._share, start, stop, self._chunk)
-            wide = max(self._chunk, adder.ceil_paged_tokens(end - start))
-            # A continuing chunk must fit: SGLang falls back to the whole chunk budget when memory is short.
-            if wide < adder.rem_total_tokens:
-                adder.rem_chunk_tokens = wide
-
-    def settle(self) -> bool:
-        """Put the budgets right; True if the request was admitted."""
-        adder, req = self._adder, self._req
-        admitted = len(adder.can_run_list) > self._admitted and adder.can_run_list[-1] is req
-        cost = 0
-        if admitted:
-            cost = computed_tokens(self._pieces, self._share, req.prefix_len, chunk_end(req))
-            if not adder.exact_chunk_fill:
-                cost = adder.ceil_paged_tokens(cost)
-        if self._chunk is not None:
-            adder.rem_chunk_tokens = self._chunk - cost
-        adder.rem_input_tokens = self._input - cost
-        return admitted

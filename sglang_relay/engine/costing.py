@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 from sglang_relay.cost import CostModel, Features, publishes_at, relay_features, stock_features, together
 from sglang_relay.engine.consensus import Consensus, digest_of
 from sglang_relay.engine.donors import EXACT_PREFIX
-from sglang_relay.engine.matching import reachable
 from sglang_relay.engine.timing import Stopwatch
 from sglang_relay.plan import Candidate, RelayPlan
 from sglang_relay.policies import row_layers
@@ -92,19 +91,15 @@ class Costs:
         exact = [(p.start, p.stop) for p in pieces if p.donor == EXACT_PREFIX]
         again = 0
         if policy.probes and reused:
-            again = min(self._probe_queries, stop - reused[-1][1]) + self._repeated(start, stop, pieces, reused, share)
+            again = min(self._probe_queries, stop - reused[-1][1]) + self._repeated(start, stop, reused)
         return relay_features(start, stop, reused, share, exact=exact, probe_rows=again, chunk=self._chunk)
 
-    def _repeated(
-        self, start: int, stop: int, pieces: list[Candidate], reused: list[tuple[int, int]], share: float
-    ) -> int:
+    def _repeated(self, start: int, stop: int, reused: list[tuple[int, int]]) -> int:
         """Fresh tokens behind the first reused one that earlier chunks compute; the last one, which repairs, computes
         them again."""
         if self._chunk is None:
             return 0
-        last = start
-        while (end := reachable(pieces, share, last, stop, self._chunk)) < stop and end > last:
-            last = end
+        last = start + (stop - 1 - start) // self._chunk * self._chunk
         copied = sum(max(0, min(b, last) - a) for a, b in reused)
         return max(0, last - reused[0][0] - copied)
 

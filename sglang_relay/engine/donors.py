@@ -53,6 +53,8 @@ class Donors:
     def __init__(self, tree: RelayCache, index: ContentIndex) -> None:
         self._tree = tree
         self._index = index
+        self.locked = 0
+        """Locks that are held now."""
 
     def candidates(self, tenant: Tenant, tokens: np.ndarray, start: int = 0) -> list[Candidate]:
         """What the index finds of ``tokens[start:]``, as ``ContentIndex.match`` sorts it; the tree may hold less."""
@@ -92,8 +94,9 @@ class Donors:
         length = min(length, reached - part.source)
         if length <= 0:
             return None
-        lock = self._tree.lock(node)
         slots = self._tree.path_device_indices(node)
+        lock = self._tree.lock(node)  # last: what raises before it leaves nothing locked
+        self.locked += 1
         return Held(slots[part.source : part.source + length], lock, part.donor, key)
 
     def touch(self, held: Iterable[Held]) -> None:
@@ -105,6 +108,7 @@ class Donors:
     def release(self, held: list[Held]) -> None:
         while held:
             self._tree.unlock(held.pop().lock)
+            self.locked -= 1
 
     def _find(self, key: RadixKey) -> tuple[int, int]:
         """(tokens of ``key`` that the device holds, the node where they end)."""

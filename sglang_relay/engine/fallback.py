@@ -10,6 +10,7 @@ import torch
 from sglang.srt.model_executor.model_runner import ModelRunnerOutput
 
 from sglang_relay.engine.audit import AUDITED, divergence
+from sglang_relay.engine.batch_state import require_own_rows_only, without_adapters
 from sglang_relay.engine.consensus import digest_of
 from sglang_relay.engine.forward import StagedForward
 from sglang_relay.plan import Decline
@@ -39,6 +40,7 @@ def relay_forward(
     staged = StagedForward(tools, batch, planned)
     reason, step = None, "prepare"
     try:
+        require_own_rows_only(batch)
         staged.prepare()
         step = "place"
         staged.place()
@@ -50,7 +52,7 @@ def relay_forward(
     placed = time.perf_counter()
     if relay.consensus.agree(reason is None, digest_of(len(planned.plans), staged.entered)):
         try:
-            with torch.no_grad():
+            with torch.no_grad(), without_adapters(runner, batch):
                 logits, work = staged.run()
         except Decline as decline:
             reason = decline.reason

@@ -138,20 +138,23 @@ def request_reason(req: Req, has_multimodal: bool) -> str | None:
     return next((name for name, hit in checks if hit), None)
 
 
-def batch_reason(batch: ScheduleBatch) -> str | None:
-    """Why this batch cannot relay, or None. One such request makes the whole batch run stock."""
-    reqs = batch.reqs
+def neighbour_reason(req: Req) -> str | None:
+    """Why no batch with this request in it can relay, or None. Such a request and one that reuses text are not admitted
+    into one batch (adder.py); a decoding one may join it all the same (mixed chunks)."""
     checks = (
-        ("hidden_states_in_batch", bool(batch.return_hidden_states)),
-        ("lora_in_batch", any(r.lora_id is not None for r in reqs)),
-        ("multimodal_in_batch", any(r.multimodal_inputs is not None for r in reqs)),
-        (
-            "embeddings_in_batch",
-            any(r.input_embeds is not None or r.positional_embed_overrides is not None for r in reqs),
-        ),
-        ("routed_experts_in_batch", any(r.return_routed_experts or r.return_indexer_topk for r in reqs)),
-        ("scoring_in_batch", any(r.token_indices_to_pool is not None for r in reqs)),
-        ("beam_search_in_batch", any(r.beam_group is not None for r in reqs)),
-        ("host_cache_load", getattr(batch, "hicache_consumer_index", -1) >= 0),
+        ("hidden_states_in_batch", bool(req.return_hidden_states)),
+        ("lora_in_batch", req.lora_id is not None),
+        ("multimodal_in_batch", req.multimodal_inputs is not None),
+        ("embeddings_in_batch", req.input_embeds is not None or req.positional_embed_overrides is not None),
+        ("routed_experts_in_batch", bool(req.return_routed_experts or req.return_indexer_topk)),
+        ("scoring_in_batch", req.token_indices_to_pool is not None),
+        ("beam_search_in_batch", req.beam_group is not None),
     )
     return next((name for name, hit in checks if hit), None)
+
+
+def batch_reason(batch: ScheduleBatch) -> str | None:
+    """Why this batch cannot relay, or None. One such request makes the whole batch run stock."""
+    if getattr(batch, "hicache_consumer_index", -1) >= 0:
+        return "host_cache_load"
+    return next(filter(None, map(neighbour_reason, batch.reqs)), None)

@@ -19,7 +19,8 @@ from sglang_relay.engine.audit import BREAKER_OPEN, Auditor
 from sglang_relay.engine.consensus import Consensus, digest_of
 from sglang_relay.engine.costing import Costs
 from sglang_relay.engine.donors import EXACT_PREFIX, Held
-from sglang_relay.engine.guards import batch_reason, request_reason
+from sglang_relay.engine.guards import batch_reason, neighbour_reason, request_reason
+from sglang_relay.engine.invariants import broken_invariant
 from sglang_relay.engine.learning import Learning
 from sglang_relay.engine.matching import Matcher
 from sglang_relay.engine.namespaces import Namespaces, Tenant
@@ -41,6 +42,9 @@ if TYPE_CHECKING:
     from sglang_relay.engine.tree import RelayCache
 
 logger = logging.getLogger(__name__)
+
+STOCK = "stock"
+"""A batch in which nothing may be reused."""
 
 
 @dataclass(slots=True, eq=False)
@@ -101,9 +105,10 @@ class RelayManager:
         if config.cost_model and not unsupported:
             queries = config.probe_queries
             self.costs = Costs(consensus, self.failure, layers=num_layers, chunk=chunk, probe_queries=queries)
-        self.matcher = Matcher(config, self.donors, learning.depths, self.namespaces, self.costs)
+        self.matcher = Matcher(config, self.donors, learning.depths, self.namespaces, self.costs, chunk)
         self.layers = config.resolve_layer_range(num_layers)
         self.num_layers = num_layers
+        self._chunk = chunk
         self._policies = make_policies(config, num_layers)
         for name, budget in budgets.items():
             self._policies[name].default_budget = budget
@@ -218,6 +223,27 @@ class RelayManager:
         self.stats.match_seconds += elapsed
         return state
 
+    def company(self, req: Req) -> Policy | str | None:
+        """What the batch that ``req`` joins has to be: of the policy under which it reuses text from here on, or
+        repairs what it has reused; ``STOCK``, where nothing can be reused beside it; None where it may be either."""
+        state = self.propose(req)
+        if state is not None and (state.placed or any(p.stop > req.prefix_len for p in state.pieces)):
+            return self.policy_of(state)
+        return STOCK if neighbour_reason(req) else None
+
+    def waited(self, req: Req) -> int:
+        """How often ``req`` was left in the queue, as it could not join the batch."""
+        state = relay_of(req)
+        return 0 if state is None else state.waited
+
+    def wait(self, req: Req) -> int:
+        """``req`` is left in the queue. How often it was before."""
+        before, state = self.waited(req), relay_of(req)
+        if state is not None:
+            state.waited += 1
+        self.stats.waits += 1
+        return before
+
     # ------------------------------------------------------------------ plan
 
     def plan(self, batch: ScheduleBatch) -> BatchPlan | None:
@@ -259,7 +285,7 @@ class RelayManager:
     def _agreed_plan(self, batch: ScheduleBatch, states: list[RelayRequest | None]) -> BatchPlan | None:
         planned, reason = None, None
         try:
-            reason = batch_reason(batch)
+            reason = batch_reason(batch) or self._broken_invariant(batch)
             planned = None if reason else self._plan(batch, states)
         except Decline as decline:
             reason = decline.reason
@@ -283,6 +309,13 @@ class RelayManager:
             if reason is not None and state is not None and state.relays and state.pieces:
                 self._decline(state, reason)
         return planned
+
+    def _broken_invariant(self, batch: ScheduleBatch) -> str | None:
+        broken = broken_invariant(batch, self._chunk)
+        if broken is not None:
+            self.stats.failures += 1
+            self.log_once(broken, f"an admitted batch breaks an invariant of SGLang's scheduler: {broken}")
+        return broken
 
     def _audits(self, planned: BatchPlan, states: list[RelayRequest | None]) -> list[int] | None:
         of_plans = [s for p in planned.plans if (s := states[p.row]) is not None]

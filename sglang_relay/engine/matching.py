@@ -1,7 +1,8 @@
-"""Match at admission: which runs of a request's uncached prompt donors hold, and what computing remains."""
+"""Match at admission: which runs of a request's uncached prompt donors hold, and are reused."""
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 
 
 class Matcher:
-    """costs: None relays whatever is found."""
+    """costs: None relays whatever is found. chunk: most rows of a prefill forward, None without a limit."""
 
     def __init__(
         self,
@@ -30,17 +31,19 @@ class Matcher:
         depths: DepthMap,
         namespaces: Namespaces,
         costs: Costs | None,
+        chunk: int | None,
     ) -> None:
         self._config = config
         self._donors = donors
         self._depths = depths
         self._namespaces = namespaces
         self._costs = costs
+        self._chunk = chunk
 
     def pieces(self, req: Req, state: RelayRequest, policy: Policy) -> list[Candidate]:
         """Disjoint pieces of ``req``'s prompt behind its cached prefix, sorted: first what another namespace adds to
-        that prefix exactly, then donors' runs, best first; none if the donors' share is below ``min_relayed``, and
-        neither if prefill is predicted to be faster."""
+        that prefix exactly, then donors' runs, best first; none if the donors' share is below ``min_relayed``, no more
+        than one pass can repair, and neither if prefill is predicted to be faster."""
         tokens = tokens_of(req)
         start, stop = req.prefix_len, len(tokens) - 1
         if req.return_logprob and 0 <= req.logprob_start_len < len(req.origin_input_ids):
@@ -51,7 +54,7 @@ class Matcher:
         found = self._cover(self._donors.candidates(state.tenant, tokens, begin), begin, stop)
         state.shortfall = self._shortfall(found, len(tokens), policy)
         if state.shortfall is None:
-            pieces += found
+            pieces += self._repairable(found, state, policy, len(tokens))
         return pieces if self._costs is None else self._worthwhile(req, state, pieces, policy, self._costs)
 
     def _worthwhile(
@@ -76,6 +79,18 @@ class Matcher:
             return "long_suffix"
         return None
 
+    def _repairable(self, found: list[Candidate], state: RelayRequest, policy: Policy, prompt: int) -> list[Candidate]:
+        """``found``, or the last of it, where a pass over all of it would be wider than the server's chunks."""
+        if not policy.probes or self._chunk is None:
+            return found
+        budget, reused = state.controls.budget or policy.default_budget, sum(p.stop - p.start for p in found)
+        share = 1.0 if budget is None else budget.limit(reused, len(found)) / reused
+        kept = repairable(found, prompt, share, self._chunk, self._config.min_segment)
+        if sum(p.stop - p.start for p in kept) >= self._config.min_relayed:
+            return kept
+        state.shortfall = "repair_exceeds_chunk"
+        return []
+
     def _exact_prefix(self, req: Req, state: RelayRequest, tokens: np.ndarray, start: int, stop: int) -> int:
         """How far another namespace of the tenant continues the request's prefix with exact KV."""
         best = start + self._config.min_segment - 1
@@ -99,26 +114,21 @@ class Matcher:
         return cover(held, start, stop, self._config.min_segment, self._config.max_segments)
 
 
-def computed_tokens(pieces: list[Candidate], share: float, start: int, stop: int) -> int:
-    """Tokens' worth of computing that extending ``[start, stop)`` costs: fresh tokens and the expected repair.
+def repairable(pieces: list[Candidate], stop: int, share: float, chunk: int, shortest: int) -> list[Candidate]:
+    """What of ``pieces``, from the last one backwards, one pass over at most ``chunk`` rows can repair.
 
-    ``share``: the policy's expected recomputed share of a reused token.
+    A probe repairs a prompt ``[.., stop)`` of several chunks in its last one. There run, for the second time, the fresh
+    tokens behind the first reused one, and ``share`` (above 0) of the reused ones. shortest: least tokens of a piece.
     """
-    copied = 0.0
-    for piece in pieces:
-        part = piece.clip(start, stop - 1)
-        if part.stop > part.start:
-            copied += (part.stop - part.start) * (1.0 if piece.donor == EXACT_PREFIX else 1.0 - share)
-    return stop - start - int(copied)
-
-
-def reachable(pieces: list[Candidate], share: float, start: int, stop: int, budget: int) -> int:
-    """Largest end in ``[start, stop]`` up to which extending costs at most ``budget`` tokens of computing."""
-    low, high = start, stop
-    while low < high:
-        middle = (low + high + 1) // 2
-        if computed_tokens(pieces, share, start, middle) <= budget:
-            low = middle
-        else:
-            high = middle - 1
-    return low
+    kept: list[Candidate] = []
+    reused = 0
+    for piece in reversed(pieces):
+        # A repair from ``low`` in this piece on takes stop - low - (1 - share) * (reused + piece.stop - low) rows.
+        low = max(piece.start, math.ceil((stop - (1 - share) * (reused + piece.stop) - chunk) / share))
+        if piece.stop - low < shortest:
+            break
+        kept.append(piece.clip(low, piece.stop))
+        reused += piece.stop - low
+        if low > piece.start:
+            break
+    return kept[::-1]

@@ -23,12 +23,14 @@ import numpy as np
 import torch
 
 from sglang_relay.engine.backend import RelayAttentionBackend
+from sglang_relay.engine.batch_state import require_own_rows_only, without_adapters
 from sglang_relay.engine.consensus import digest_of
 from sglang_relay.engine.donors import tokens_of
 from sglang_relay.engine.layout import Rows, pool_rows
 from sglang_relay.engine.requests import RelayRequest, relay_of
 from sglang_relay.engine.selection import Unselected
 from sglang_relay.engine.stage import Stage
+from sglang_relay.plan import Decline
 from sglang_relay.quotes import LONGEST, may_quote, quoted
 from sglang_relay.transfer import on_device, read_back
 
@@ -168,13 +170,17 @@ def repair_quotes(relay: RelayManager, tools: ForwardTools, reqs: list[Req], bat
         return
     failure, stage, wanted = None, None, []
     try:
+        require_own_rows_only(batch, adapters=True)
         wanted = _wanted(reqs, states, batch)
         if any(w is not None for w in wanted):
             stage = _stage(tools, batch, wanted)
+    except Decline as decline:
+        failure = decline.reason
+        relay.log_once(f"quotes:{failure}", f"quotes are not repaired: {decline}")
     except Exception as error:
         failure = relay.failure("quotes", error)
     agreed = relay.consensus.agree(failure is None, digest_of([None if w is None else w[0].tolist() for w in wanted]))
-    if agreed and stage is not None and (agreed := _run(relay, stage)):
+    if agreed and stage is not None and (agreed := _run(relay, tools, batch, stage)):
         for state, found in zip(states, wanted, strict=True):
             if state is not None and found is not None:
                 relay.count_quoted(state, len(found[0]))
@@ -229,11 +235,12 @@ def _stage(tools: ForwardTools, batch: ForwardBatch, wanted: list[tuple[np.ndarr
 
 
 @torch.no_grad()
-def _run(relay: RelayManager, stage: Stage) -> bool:
+def _run(relay: RelayManager, tools: ForwardTools, batch: ForwardBatch, stage: Stage) -> bool:
     """Whether the pass succeeded, on all ranks. One that did not leaves some layers recomputed and others not."""
     failure = None
     try:
-        stage.keys_and_values(0, relay.num_layers - 1)
+        with without_adapters(tools.runner, batch):
+            stage.keys_and_values(0, relay.num_layers - 1)
     except Exception as error:
         failure = relay.failure("quotes", error)
     if failure is None and stage.failure is not None:

@@ -27,6 +27,8 @@ class Stats:
     fallbacks: int = 0
     audits: int = 0
     failures: int = 0
+    waits: int = 0
+    """Times that a request was left in the queue, as it could not join the batch."""
     match_seconds: float = 0.0
     plan_seconds: float = 0.0
     learn_seconds: float = 0.0
@@ -87,6 +89,7 @@ class Stats:
             "fallbacks": self.fallbacks,
             "audits": self.audits,
             "failures": self.failures,
+            "waits": self.waits,
             "seconds": {
                 name: round(getattr(self, f"{name}_seconds"), 6)
                 for name in ("match", "plan", "learn", "place", "forward")

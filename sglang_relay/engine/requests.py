@@ -147,6 +147,8 @@ class RelayRequest:
     """Prompt ranges that no donor lent: computed by this request, or found as exact KV. What it may donate."""
     quotes: Quotes | None = None
     """What its decoding may still recompute (engine/quotes.py)."""
+    waited: int = 0
+    """Batches that it was left waiting beside (engine/adder.py)."""
     found: int = 0
     """End of the last range that was found: another request may have donated it already."""
 

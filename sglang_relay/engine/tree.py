@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
 
 from sglang_relay.engine.capture import Capture
+from sglang_relay.engine.invariants import answered_too_early
 from sglang_relay.engine.requests import relay_of
 
 if TYPE_CHECKING:
@@ -34,9 +35,14 @@ class RelayCache(UnifiedRadixCache):
         if self._capture is not None and req.finished():
             self._capture.take(req, up_to)  # before the insert, which may give slots up for the tree's own
         state = relay_of(req)
-        if state is not None and state.pending is not None:
+        early = state is not None and answered_too_early(req, state)
+        if early and self.relay is not None:
+            self.relay.log_once("host_invariant", f"request {req.rid!r} has an answer before its prompt was computed")
+        if state is not None and (early or state.pending is not None):
+            end = state.reached if early else up_to
+            end = end if state.pending is None else min(end, state.pending)
             # The insert continues what the request has locked, which ends at or before the first placed span.
-            up_to = max(min(up_to, state.pending), req.kv.cache_protected_len)
+            up_to = max(min(up_to, end), req.kv.cache_protected_len)
         influence = None if self.relay is None else self.relay.influence
         if influence is None:
             super().checkpoint_into_tree(req, up_to=up_to, **kwargs)
@@ -44,7 +50,7 @@ class RelayCache(UnifiedRadixCache):
             influence.checkpoint(
                 req, up_to, lambda: super(RelayCache, self).checkpoint_into_tree(req, up_to=up_to, **kwargs)
             )
-        if self.relay is not None and req.finished():
+        if self.relay is not None and req.finished() and not early:
             self.relay.learning.learn(req, up_to)
 
     def reset(self) -> None:
