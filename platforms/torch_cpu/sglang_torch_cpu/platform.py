@@ -35,7 +35,8 @@ class TorchCpuPlatform(CpuDeviceMixin, SRTPlatform):
 
     def init_backend(self) -> None:
         """Register ops and attention; called once per worker while `model_executor.model_runner` is imported."""
-        from sglang_torch_cpu import attention, ops
+        from sglang_torch_cpu import attention, ops, pinning
 
         ops.register(DISPATCH_KEY)
         attention.register()
+        pinning.register()
