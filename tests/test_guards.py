@@ -108,7 +108,8 @@ def test_hidden_states_behind_a_relayed_prefix(server: Server, rng: random.Rando
     fields = {"return_hidden_states": True}
     over_relayed = ask(server, [*prompt, 7, 8, 9], fields=fields, relay_policy="rotate")
     report = report_of(over_relayed)
-    assert (report["exact"], report["fresh"], report["depth"]) == (len(prompt), 3, 1), report
+    assert (report["exact"] + report["approximate"], report["fresh"]) == (len(prompt), 3), report
+    assert report["approximate"] > 32 and report["depth"] == 1
     exact = ask(server, [*prompt, 7, 8, 9], fields=fields, relay="off")
     last = [torch.tensor(a["meta_info"]["hidden_states"][0][-1]) for a in (over_relayed, exact)]
     assert 1e-4 < (last[0] - last[1]).norm() / last[1].norm() < 1

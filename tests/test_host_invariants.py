@@ -7,6 +7,7 @@ which keeps their steps from being mixed. A plugin of the tests (scheduler_plugi
 from __future__ import annotations
 
 import random
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -39,6 +40,9 @@ class Pair(NamedTuple):
     def broken(self) -> dict[str, int]:
         return self.inspector.ask(self.relay, "broken")
 
+    def stats(self) -> dict[str, Any]:
+        return self.relay.get("/server_info")["internal_states"][0]["relay"]["stats"]
+
     def donate(self, text: list[int]) -> None:
         ask(self.relay, text, 1, {"relay": "exact", "relay_donate": "all"})
 
@@ -69,7 +73,7 @@ def ask(server: Server, prompt: list[int], new: int, params: dict[str, Any] | No
 def report_of(answer: dict[str, Any]) -> dict[str, Any]:
     meta = answer["meta_info"]
     report = meta["relay"]
-    counts = [report[kind] for kind in ("exact", "relayed", "recomputed", "fresh")]
+    counts = [report[kind] for kind in KINDS]
     assert min(counts) >= 0 and sum(counts) == meta["prompt_tokens"], report
     return report
 
@@ -105,12 +109,14 @@ def test_a_prompt_that_is_cut_beside_another_one(pair: Pair, rng: random.Random)
     assert pair.broken() == {}
 
 
+KINDS = ("exact", "approximate", "relayed", "recomputed", "fresh")
 POLICIES = ("rotate", "legolink", "probe", "relay", "cacheblend", "full")
 
 
 def test_random_work(pair: Pair, rng: random.Random) -> None:
     """Prompts of up to six chunks, some relayed and some not, some with the log-probabilities of their prompts."""
     pair.flush()
+    before = pair.stats()
     lent = [tokens(rng.randint(150, 500), rng) for _ in range(6)]
     for text in lent:
         pair.donate(text)
@@ -137,18 +143,23 @@ def test_random_work(pair: Pair, rng: random.Random) -> None:
     wanted = [work(number) for number in range(120)]
     with ThreadPoolExecutor(12) as pool:
         answers = list(pool.map(lambda w: ask(pair.relay, w[0], w[3], w[1], **w[2]), wanted))
-    reused = 0
+    reused, sums = 0, Counter[str]()
     for (prompt, params, fields, new), answer in zip(wanted, answers, strict=True):
         report = report_of(answer)
         assert answer["meta_info"]["prompt_tokens"] == len(prompt)
         assert not (report["declined"] or "").startswith(("internal_error", "host_invariant")), report
         reused += report["relayed"] + report["recomputed"]
+        sums.update({kind: report[kind] for kind in (*KINDS, "quoted")})
         if fields and "relay" in params:
             same(answer, ask(pair.stock, prompt, new, **fields))
     assert reused > 5000
     assert pair.broken() == {}
-    server = pair.relay.get("/server_info")["internal_states"][0]["relay"]["stats"]
-    assert server["failures"] == 0 and "other_policy_in_batch" not in server["declined"]
+    after = pair.stats()
+    assert after["failures"] == 0 and "other_policy_in_batch" not in after["declined"]
+    donors = sum(map(len, lent))  # each computed once by a request of its own
+    counted = {kind: after["tokens"][kind] - before["tokens"][kind] for kind in KINDS}
+    assert counted == {kind: sums[kind] + (donors if kind == "fresh" else 0) for kind in KINDS}
+    assert after["quoted"] - before["quoted"] == sums["quoted"]
 
 
 # ---------------------------------------------------------------------- bounds

@@ -136,10 +136,12 @@ def test_a_prompt_found_in_the_tree_is_repaired_too(quoting: Quoting) -> None:
     prompt = quoting.prompt()
     answer = quoting.answer(prompt)
     quoting.server.generate(prompt.tokens, max_new_tokens=1, custom_params={**ASK, "relay_donate": "none"})
-    got, want = quoting.read(prompt, answer), quoting.expect(prompt, answer)
-    assert got.report["exact"] == len(prompt.tokens) - 1 and got.report["depth"] == 1
-    assert got.report["quoted"] == want.count
-    assert got.report["recomputed"] == got.report["cost"] == 0, "it reused nothing itself"
+    got, want, layers = quoting.read(prompt, answer), quoting.expect(prompt, answer), quoting.reference.layers
+    first, cached = prompt.pieces[0].start, len(prompt.tokens) - 1
+    assert (got.report["exact"], got.report["depth"], got.report["relayed"]) == (first, 1, 0)
+    assert got.report["recomputed"] == got.report["quoted"] == want.count
+    assert got.report["approximate"] == cached - first - want.count
+    assert got.report["cost"] == pytest.approx(want.count * (layers - 0.9) / (cached - first) / layers, abs=1e-4)
     assert max(far(got, want)) < BOUND
     again = quoting.read(prompt, answer)
     assert again.report["quoted"] == 0
@@ -168,7 +170,8 @@ def test_another_suffix_behind_a_shared_segment(quoting: Quoting) -> None:
             left[position] = False
         count += len(found)
     got = read(quoting.server, branch, answer, ASK)
-    assert got.report["exact"] >= second.start - 1, got.report
+    found = got.report["exact"] + got.report["approximate"] + got.report["recomputed"]
+    assert found >= second.start - 1 and got.report["exact"] == first.start, got.report
     assert got.report["quoted"] == count > 0
 
 

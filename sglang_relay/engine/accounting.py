@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from sglang_relay.engine.donors import tokens_of
-from sglang_relay.engine.requests import RelayRequest
-from sglang_relay.index import DepthMap
+from sglang_relay.engine.requests import KINDS, RelayRequest
+from sglang_relay.index import Approximation, DepthMap
 from sglang_relay.plan import Placed, RelayPlan, Segment
 from sglang_relay.policies import Policy
 
@@ -25,9 +25,8 @@ def begin_chunk(req: Req, state: RelayRequest, depths: DepthMap) -> bool:
     Returns whether it is one."""
     if state.reached == req.prefix_len and state.reached >= 0:
         return False
-    for key in ("relayed", "recomputed", "fresh", "segments", "quoted"):
+    for key in (*KINDS, "segments", "quoted"):
         state.report[key] = 0
-    state.report["exact"] = min(req.prefix_len, len(req.origin_input_ids))
     state.report["cost"] = 0.0
     if state.report.get("influence") == "used":
         state.report["influence"] = "none"
@@ -35,10 +34,14 @@ def begin_chunk(req: Req, state: RelayRequest, depths: DepthMap) -> bool:
     state.found = 0
     state.pending, state.reused, state.layers = None, 0, 0.0
     state.placed.clear()
-    state.depth = 0
+    found = Approximation(0, req.prefix_len)
     if state.relays and req.prefix_len:
-        state.depth = depths.depth(req.extra_key, tokens_of(req), req.prefix_len)
-    state.report["depth"] = state.depth
+        found = depths.look_up(req.extra_key, tokens_of(req), req.prefix_len)
+    state.depth = state.report["depth"] = found.depth
+    prompt = len(req.origin_input_ids)
+    state.report["exact"] = _in_prompt(0, found.start, prompt)
+    state.report["approximate"] = state.inherited = _in_prompt(found.start, req.prefix_len, prompt)
+    state.inherited_stop = req.prefix_len
     if state.depth == 0:
         _find(state, 0, req.prefix_len)
     return True
@@ -63,8 +66,8 @@ def _in_prompt(start: int, stop: int, prompt: int) -> int:
     return max(0, min(stop, prompt) - start)
 
 
-def count_chunk(req: Req, state: RelayRequest, plan: RelayPlan | None, policy: Policy | None) -> int:
-    """Report one chunk, as planned. Returns its fresh prompt tokens."""
+def count_chunk(req: Req, state: RelayRequest, plan: RelayPlan | None, policy: Policy | None) -> None:
+    """Report one chunk, as planned."""
     prompt, end = len(req.origin_input_ids), chunk_end(req)
     report, at, placed = state.report, req.prefix_len, 0
     if plan is not None and policy is not None:
@@ -80,15 +83,13 @@ def count_chunk(req: Req, state: RelayRequest, plan: RelayPlan | None, policy: P
             at = s.stop
     if end > at:
         state.own.append((at, end))
-    fresh = _in_prompt(req.prefix_len, end, prompt) - placed
-    report["fresh"] += fresh
+    report["fresh"] += _in_prompt(req.prefix_len, end, prompt) - placed
     state.reached = end
     if report["relayed"] + report["recomputed"]:
         if plan is not None or state.pending is None or end < prompt:
             report["declined"] = None  # else the repair that earlier chunks left to this one did not happen
-    elif state.relays and report["declined"] is None and end >= prompt:
+    elif state.relays and report["declined"] is None and end >= prompt and not report["approximate"]:
         report["declined"] = state.shortfall or "nothing_to_reuse"
-    return fresh
 
 
 def count_fallback(req: Req, state: RelayRequest, plan: RelayPlan, policy: Policy) -> None:

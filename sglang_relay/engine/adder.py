@@ -23,8 +23,8 @@ def adder_class(base: type[PrefillAdder], relay: RelayManager) -> type[PrefillAd
     """``base`` (managers/schedule_policy.py), which lives for one batch.
 
     A batch reuses text under one policy, or under none where a request in it says so (``RelayManager.company``). The
-    first request with such a wish decides. One with another wish stays in the queue, where its turn comes first. Of those
-    behind it only such may join that have been left waiting as often: what came later does not keep it waiting.
+    first request with such a wish decides. One with another wish stays in the queue, where its turn comes first. Of
+    those behind it only such may join that have been left waiting as often: what came later does not keep it waiting.
     """
 
     class RelayPrefillAdder(base):  # type: ignore[valid-type,misc]

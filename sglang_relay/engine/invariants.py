@@ -3,8 +3,8 @@
 A batch that breaks one of these is not run as a relay: it is declined by name, and counted as a failure of ours.
 
 - One prompt is unfinished at a time, and the scheduler knows which (``Scheduler.chunked_req``, asserted where
-  ``new_chunked_req`` is taken over). It takes any other prompt of the batch for computed: it samples its answer, and files
-  the answer's KV under the prompt's tokens.
+  ``new_chunked_req`` is taken over). It takes any other prompt of the batch for computed: it samples its answer, and
+  files the answer's KV under the prompt's tokens.
 - A prefill has at most ``chunked_prefill_size`` rows. The pool leaves room for their activations; kernels, expert
   parallelism and captured routing have buffers of this size.
 - What has been sampled follows a computed prompt (``answered_too_early``): else the tree gets KV of other tokens.
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 def broken_invariant(batch: ScheduleBatch, chunk: int | None) -> str | None:
-    """Which invariant ``batch``, an admitted prefill, breaks, or None. chunk: most rows of a prefill, None: no limit."""
+    """Which invariant ``batch``, an admitted prefill, breaks, or None. chunk: most rows of a prefill, None for any."""
     unfinished = [r for r in batch.reqs if r.extend_end is not None and r.extend_end < len(r.full_untruncated_fill_ids)]
     if any(req is not batch.chunked_req for req in unfinished):
         return "host_invariant:unfinished_prompts"

@@ -11,6 +11,8 @@ import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from sglang_relay.breaker import Band
 from sglang_relay.budget import Budget
 from sglang_relay.config import RelayConfig
@@ -277,10 +279,9 @@ class RelayManager:
             if state is not None:
                 plan = plans.get(row)
                 before = state.report["declined"]
-                fresh = count_chunk(req, state, plan, planned.policy if planned is not None else None)
+                count_chunk(req, state, plan, planned.policy if planned is not None else None)
                 if (reason := state.report["declined"]) not in (None, before):
                     self.stats.decline(reason)
-                self.stats.chunk(fresh=fresh, segments=plan.segments if plan is not None else ())
 
     def _agreed_plan(self, batch: ScheduleBatch, states: list[RelayRequest | None]) -> BatchPlan | None:
         planned, reason = None, None
@@ -376,22 +377,29 @@ class RelayManager:
                 if done.unselected is not None and state.controls.quote_tokens:
                     state.quotes = self.learning.quotes.placed(planned.reqs[plan.row], state.quotes, done.unselected)
                 self._report_cost(state)
-            self.stats.repaired(done.selected + (reused if planned.policy.exact else 0))
 
     def _report_cost(self, state: RelayRequest) -> None:
-        if state.reused:  # else its approximate KV is a prefix that another request has placed, and accounts for
-            state.report["cost"] = round(state.layers / (state.reused * self.num_layers), 4)
+        if approximate := state.reused + state.inherited:
+            state.report["cost"] = round(state.layers / (approximate * self.num_layers), 4)
 
-    def count_quoted(self, state: RelayRequest, tokens: int) -> None:
-        """So many reused tokens of a request have been recomputed while it decodes."""
-        report = state.report
-        inside = min(tokens, report["relayed"])
-        report["relayed"] -= inside
-        report["recomputed"] += inside
-        report["quoted"] += tokens
-        state.layers += tokens * row_layers(self.num_layers)
+    def count_quoted(self, state: RelayRequest, positions: np.ndarray) -> None:
+        """Reused tokens at these positions of a request's prompt have been recomputed while it decodes."""
+        report, found = state.report, int(np.searchsorted(positions, state.inherited_stop))
+        for kind, count in (("approximate", found), ("relayed", len(positions) - found)):
+            inside = min(count, report[kind])
+            report[kind] -= inside
+            report["recomputed"] += inside
+        report["quoted"] += len(positions)
+        state.layers += len(positions) * row_layers(self.num_layers)
         self._report_cost(state)
-        self.stats.quoted(tokens)
+
+    def finished(self, req: Req) -> None:
+        """``req`` has its whole answer, and so its whole report."""
+        try:
+            if (state := relay_of(req)) is not None:
+                self.stats.finished(state.report)
+        except Exception as error:
+            self.failure("report", error)
 
     # ------------------------------------------------------------------ failures
 

@@ -183,7 +183,7 @@ def repair_quotes(relay: RelayManager, tools: ForwardTools, reqs: list[Req], bat
     if agreed and stage is not None and (agreed := _run(relay, tools, batch, stage)):
         for state, found in zip(states, wanted, strict=True):
             if state is not None and found is not None:
-                relay.count_quoted(state, len(found[0]))
+                relay.count_quoted(state, found[0])
     if not agreed:
         for state in watched:
             state.quotes = None

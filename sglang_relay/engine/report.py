@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from sglang_relay.plan import Segment
+from sglang_relay.engine.requests import KINDS
 
 REPORT_KEY = "relay"
 
@@ -18,11 +17,9 @@ class Stats:
     """Counts of tokens, decisions and host seconds since start-up."""
 
     tokens: Counter[str] = field(default_factory=Counter)
-    """exact: copied prefix; reused: donor KV placed; fresh: computed because no donor held it."""
+    """Prompt tokens of finished requests by kind (requests.py, ``KINDS``): the sums of their reports."""
+    quoted: int = 0
     declined: Counter[str] = field(default_factory=Counter)
-    recomputed: int = 0
-    quoted_tokens: int = 0
-    """Of the recomputed ones, those that answers quoted."""
     batches: int = 0
     fallbacks: int = 0
     audits: int = 0
@@ -42,15 +39,16 @@ class Stats:
         if self.metrics is not None:
             self.metrics.declined.labels(reason=reason).inc()
 
-    def chunk(self, *, fresh: int, segments: Iterable[Segment]) -> None:
-        """Count one chunk of one request: ``fresh`` computed tokens and the ``segments`` that were placed."""
-        counts = Counter(fresh=fresh)
-        for s in segments:
-            counts["exact" if s.exact else "reused"] += s.length
-        self.tokens += counts
+    def finished(self, report: Mapping[str, Any]) -> None:
+        """Take in the report of a request that has its whole answer."""
+        for kind in KINDS:
+            self.tokens[kind] += report[kind]
+            if self.metrics is not None:
+                self.metrics.tokens.labels(kind=kind).inc(report[kind])
+        self.quoted += report["quoted"]
         if self.metrics is not None:
-            for kind, count in counts.items():
-                self.metrics.tokens.labels(kind=kind).inc(count)
+            self.metrics.recomputed.inc(report["recomputed"])
+            self.metrics.quoted.inc(report["quoted"])
 
     def batch(self) -> None:
         self.batches += 1
@@ -67,23 +65,12 @@ class Stats:
         if self.metrics is not None:
             self.metrics.audits.inc(count)
 
-    def repaired(self, count: int) -> None:
-        self.recomputed += count
-        if self.metrics is not None:
-            self.metrics.recomputed.inc(count)
-
-    def quoted(self, count: int) -> None:
-        self.quoted_tokens += count
-        self.repaired(count)
-        if self.metrics is not None:
-            self.metrics.quoted.inc(count)
-
     def as_dict(self) -> dict[str, Any]:
         """Plain types only: SGLang sends it as msgpack."""
         return {
             "tokens": dict(self.tokens),
-            "recomputed": self.recomputed,
-            "quoted": self.quoted_tokens,
+            "recomputed": self.tokens["recomputed"],
+            "quoted": self.quoted,
             "declined": dict(self.declined),
             "batches": self.batches,
             "fallbacks": self.fallbacks,
@@ -109,10 +96,10 @@ class Metrics:
             family = PrometheusCounter(f"sglang_relay:{name}", text, [*names, *extra])
             return _Bound(family, labels) if extra else family.labels(**labels)
 
-        self.tokens = counter("tokens_total", "Prompt tokens by what the relay did with them.", "kind")
+        self.tokens = counter("tokens_total", "Prompt tokens of finished requests, by what became of them.", "kind")
         self.declined = counter("declined_total", "Requests or chunks served without reuse, by reason.", "reason")
         self.recomputed = counter("recomputed_tokens_total", "Reused tokens that the policy computed again.")
-        self.quoted = counter("quoted_tokens_total", "Recomputed tokens that an answer quoted while it was decoded.")
+        self.quoted = counter("quoted_tokens_total", "Reused tokens that were recomputed while an answer quoted them.")
         self.batches = counter("batches_total", "Prefill batches that went through the relay.")
         self.audits = counter("audits_total", "Relayed requests that were computed exactly too, and served so.")
         self.fallbacks = counter("fallbacks_total", "Relay batches that ran on the stock path after a host failure.")

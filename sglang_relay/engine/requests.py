@@ -141,6 +141,9 @@ class RelayRequest:
     reused: int = 0
     layers: float = 0.0
     """Reused approximate tokens of this attempt, and token-layers that ran on account of their repair."""
+    inherited: int = 0
+    inherited_stop: int = 0
+    """Prompt tokens found in the tree whose KV is approximate, and where they end; quotes of them are repaired, too."""
     influence: Collected | None = None
     """What its decoding has collected (engine/influence.py)."""
     own: list[tuple[int, int]] = field(default_factory=list)
@@ -162,18 +165,20 @@ def relay_of(req: Any) -> RelayRequest | None:
     return getattr(req, "relay", None)
 
 
+KINDS = ("exact", "approximate", "relayed", "recomputed", "fresh")
+"""What a prompt token can be; the counts of a report add up to the prompt."""
+
+
 def new_report(policy: str | None, declined: str | None) -> dict[str, Any]:
-    """``meta_info["relay"]``. exact: prefix hits and exact copies; relayed: donor KV used as it is; recomputed: reused
-    tokens that the policy computed again; fresh: the rest. The four add up to the prompt. cost: token-layers that the
-    repair ran, its probe included, as a share of the reused tokens' token-layers. quoted: reused tokens that
-    were recomputed while the answer that quotes them was decoded, those of a found prefix, too. Under policy ``relay``
+    """``meta_info["relay"]``. exact: prefix hits and copies of exact KV; approximate: prefix hits on what a relayed
+    request left; relayed: donor KV used as it is; recomputed: reused tokens that the policy computed again; fresh: the
+    rest. cost: token-layers that the repair ran, its probe included, as a share of those of the relayed, recomputed and
+    approximate tokens; above 1 only where a prompt's last chunk repeats more fresh tokens than it reuses. quoted: such
+    tokens that were recomputed while the answer that quotes them was decoded. Under policy ``relay``
     also influence: ``used``, ``none`` (no reused token has one), or ``unavailable:`` and why; and entry: ``hidden`` or
     ``embeddings``, where the reused tokens entered, and why."""
     return {
-        "exact": 0,
-        "relayed": 0,
-        "recomputed": 0,
-        "fresh": 0,
+        **dict.fromkeys(KINDS, 0),
         "segments": 0,
         "cost": 0.0,
         "quoted": 0,

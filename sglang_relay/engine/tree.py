@@ -53,6 +53,21 @@ class RelayCache(UnifiedRadixCache):
         if self.relay is not None and req.finished() and not early:
             self.relay.learning.learn(req, up_to)
 
+    def on_release(self, req: Req, *, checkpointed: bool) -> None:
+        super().on_release(req, checkpointed=checkpointed)
+        self._finished(req)
+
+    def claim_kv_row(self, req: Req) -> bool:
+        """Streaming sessions keep the row, and release nothing."""
+        claimed = super().claim_kv_row(req)
+        if claimed:
+            self._finished(req)
+        return claimed
+
+    def _finished(self, req: Req) -> None:
+        if self.relay is not None and req.finished():  # a retracted request is released, too
+            self.relay.finished(req)
+
     def reset(self) -> None:
         super().reset()
         if self.relay is not None:

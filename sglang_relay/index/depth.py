@@ -1,6 +1,7 @@
 """How approximate the KV on a path is: a memory of which paths were relayed, from which position on, at which depth."""
 
 import hashlib
+from typing import NamedTuple
 
 import numpy as np
 
@@ -41,8 +42,9 @@ def _position_key(hashes, position, seed):
 
 @kernel
 def _look_up(hashes, length, seed, keys, values, old_keys, old_values):
-    """The deepest mark on the path, and the slots of the marks that the old generation holds deeper, or alone."""
-    deepest, hits = 0, 0
+    """The deepest mark on the path, the position of the first one (`length` where there is none), and the slots of the
+    marks that the old generation holds deeper, or alone."""
+    deepest, first, hits = 0, length, 0
     places = np.empty(length, np.int64)
     for position in range(length):
         key = _position_key(hashes, position, seed)
@@ -51,12 +53,22 @@ def _look_up(hashes, length, seed, keys, values, old_keys, old_values):
         if at >= 0:
             young = values[at]
             deepest = max(deepest, young)
+            first = min(first, position)
         at = _get(old_keys, old_values, key)
         if at >= 0 and old_values[at] > young:
             deepest = max(deepest, old_values[at])
+            first = min(first, position)
             places[hits] = at
             hits += 1
-    return deepest, places[:hits]
+    return deepest, first, places[:hits]
+
+
+class Approximation(NamedTuple):
+    """depth: the largest depth on a path, 0 where its KV is exact. start: from here on its KV is approximate; the
+    path's length where it is exact."""
+
+    depth: int
+    start: int
 
 
 class DepthMap:
@@ -101,20 +113,24 @@ class DepthMap:
             self._put(np.uint64(_position_key(hashes, position, _namespace_seed(namespace))), depth)
 
     def depth(self, namespace: str | None, tokens: np.ndarray, length: int) -> int:
-        """The largest depth marked in `namespace` at a position below `length` of exactly this path, 0 if there is
-        none. Raises ValueError if `length` exceeds the path: marks beyond the known tokens would be missed."""
+        """The largest depth of `look_up`."""
+        return self.look_up(namespace, tokens, length).depth
+
+    def look_up(self, namespace: str | None, tokens: np.ndarray, length: int) -> Approximation:
+        """What is marked in `namespace` at positions below `length` of exactly this path. Raises ValueError if `length`
+        exceeds the path: marks beyond the known tokens would be missed."""
         length = int(length)
         if not 0 <= length <= len(tokens):
             raise ValueError(f"length={length} is outside a path of {len(tokens)} tokens")
         if not len(self):
-            return 0
+            return Approximation(0, length)
         hashes = prefix_hashes(as_tokens(tokens[:length]), self._base)
         young, old = self._young, self._old
         arguments = (young.keys, young.values, old.keys, old.values)
-        deepest, places = _look_up(hashes, length, _namespace_seed(namespace), *arguments)
+        deepest, first, places = _look_up(hashes, length, _namespace_seed(namespace), *arguments)
         for place in places:
             self._put(np.uint64(old.keys[place]), int(old.values[place]))
-        return int(deepest)
+        return Approximation(int(deepest), int(first))
 
     def _put(self, key: np.uint64, depth: int) -> None:
         table = self._young
