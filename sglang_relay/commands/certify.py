@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from sglang_relay.commands.common import DATA, MODEL, resolve, say
+from sglang_relay.commands.common import DATA, MODEL, add_start_limit, resolve, say
 
 
 def add(commands: Any) -> None:
@@ -13,7 +13,7 @@ def add(commands: Any) -> None:
         "certify",
         allow_abbrev=False,
         usage="sglang-relay certify MODEL [--bound floor|X] [--policies P,P,...] [--data FILE] [--cases N] [--out DIR] "
-        "[SERVER FLAGS]",
+        "[--start-limit S] [SERVER FLAGS]",
         help="measure how far each policy is from full prefill, for a server's policy=auto",
         description="Start a private server, let agents write texts, and compare what every policy answers to prompts "
         "that hold them with full prefill. Writes a certificate, which servers of the same weights, dtype and versions "
@@ -28,6 +28,7 @@ def add(commands: Any) -> None:
     parser.add_argument("--data", type=Path, metavar="FILE", help=DATA)
     parser.add_argument("--cases", type=int, metavar="N", help="only N tasks, of all kinds alike")
     parser.add_argument("--out", type=Path, metavar="DIR", help="default: where servers look, the user's cache folder")
+    add_start_limit(parser)
     parser.set_defaults(run=_run, server_args=[])
 
 
@@ -50,6 +51,7 @@ def _run(args: argparse.Namespace) -> int:
             cases=args.cases,
             data=args.data,
             server_args=args.server_args,
+            start_limit=args.start_limit,
             progress=say,
         )
         file = found.save(args.out)

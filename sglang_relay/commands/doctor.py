@@ -28,7 +28,7 @@ def _run(args: argparse.Namespace) -> int:
         import requests
 
         try:
-            answer = requests.get(args.url.rstrip("/") + "/server_info", timeout=30)
+            answer = requests.get(args.url.rstrip("/") + "/server_info", timeout=(10, None))
             answer.raise_for_status()
             findings = list(doctor.server(answer.json()))
         except (requests.RequestException, ValueError) as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 from sglang_relay.identity import Identity, dtype_name, identify
@@ -10,6 +11,11 @@ from sglang_relay.measure.server import Server
 
 POOL = 32768
 """KV slots of a private server, in tokens, where the user's flags do not say."""
+
+
+def starting(progress: Callable[[str], object]) -> Callable[[float, str], object]:
+    """Passes on to ``progress`` what `Server` says while it starts."""
+    return lambda seconds, line: progress(f"the server is starting, {seconds:.0f} s: {line[:100]}")
 
 
 def served_identity(server: Server, folder: Path) -> Identity:
