@@ -17,8 +17,8 @@ def add(commands: Any) -> None:
         help="measure how far each policy is from full prefill, for a server's policy=auto",
         description="Start a private server, let agents write texts, and compare what every policy answers to prompts "
         "that hold them with full prefill. Writes a certificate, which servers of the same weights, dtype and versions "
-        "find by themselves, and says which policy they will take. Flags that are not listed here go to the server: "
-        "give those that your own server has, e.g. --dtype float16 --page-size 16.",
+        "find by themselves, and says which policy they will take, and why. Flags that are not listed here go to the "
+        "server: give those that your own server has, e.g. --dtype float16 --page-size 16.",
     )
     parser.add_argument("model", metavar="MODEL", help=MODEL)
     parser.add_argument("--bound", help="mean KL to full prefill, in nats, or floor (default: the setting's)")
@@ -62,8 +62,8 @@ def _run(args: argparse.Namespace) -> int:
         return 1
     if found.floor.n < FEW:
         say(f"{found.floor.n} prompts are few: below {FEW} the intervals are narrower than what is known")
-    chosen = choose(config, found, influence=config.influence != "off")
+    chosen = choose(config, found, influence=found.settings.get("relay_influence") not in (None, "off"))
     print(found.table())
-    print(f"{chosen.tier or 'no policy'}: {chosen.why}")
+    print(f"servers with policy=auto and bound={config.bound} will relay with {chosen.tier}: {chosen.why}")
     print(file)
     return 0
