@@ -36,7 +36,7 @@ def load() -> None:
     for name in (SHARED, ISOLATED):
         if get_radix_cache_factory(name) is None:
             register_radix_cache_backend(name, build_tree)
-    command_line.register()
+    command_line.register((SHARED, ISOLATED))
     front_end.register((SHARED, ISOLATED))
 
 
