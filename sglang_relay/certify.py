@@ -13,10 +13,9 @@ import msgspec
 from sglang_relay.budget import parse_budget
 from sglang_relay.certificate import Candidate, Certificate, CertificateError, Figures, figures_of
 from sglang_relay.config import RelayConfig
-from sglang_relay.identity import checkpoint_folder
 from sglang_relay.measure.chains import Decoding, build_chains
 from sglang_relay.measure.divergence import FLOOR, SERVER_ARGS, Case, Choice, measure, parse_choice
-from sglang_relay.measure.private import POOL, served_identity, starting
+from sglang_relay.measure.private import POOL, checkpoint, served_identity, starting
 from sglang_relay.measure.server import Server
 from sglang_relay.measure.tasks import Task, load_tasks
 from sglang_relay.measure.vital import START_LIMIT_S
@@ -63,7 +62,7 @@ def certify(
     """
     candidates = candidates_of(policies)
     tasks = spread(load_tasks("heldout") if data is None else read_tasks(data), cases)
-    folder = checkpoint_folder(model)
+    folder = checkpoint(model)
     flags = ("--max-total-tokens", POOL, *server_args, *_FORCED)
     with Server(folder, *flags, start_limit=start_limit, progress=starting(progress)) as server:
         state = _relay(server)

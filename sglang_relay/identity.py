@@ -111,10 +111,7 @@ def weight_digest(folder: Path, cache: Path | None = None) -> str:
     Raises IdentityError when the folder holds no weights or a file cannot be read.
     """
     folder, cache = Path(folder), cache or user_cache("digests")
-    kinds = (sorted(folder.glob(pattern)) for pattern in _WEIGHTS)
-    weights = next((files for files in kinds if files), None)
-    if weights is None:
-        raise IdentityError(f"{folder}: no weights ({', '.join(_WEIGHTS)})")
+    weights = require_weights(folder)
     files = [*weights, *(f for f in (folder / "config.json",) if f.is_file())]
     try:
         with ThreadPoolExecutor(min(len(files), os.cpu_count() or 1, 8)) as pool:
@@ -124,6 +121,15 @@ def weight_digest(folder: Path, cache: Path | None = None) -> str:
         raise IdentityError(f"{folder}: cannot be read ({error})") from error
     listing = [[file.name, size, digest] for file, size, digest in zip(files, sizes, digests, strict=True)]
     return "sha256:" + hashlib.sha256(json.dumps(listing).encode()).hexdigest()
+
+
+def require_weights(folder: Path) -> list[Path]:
+    """The weight files of a checkpoint. Raises IdentityError when it has none."""
+    kinds = (sorted(folder.glob(pattern)) for pattern in _WEIGHTS)
+    weights = next((files for files in kinds if files), None)
+    if weights is None:
+        raise IdentityError(f"{folder}: no weights ({', '.join(_WEIGHTS)})")
+    return weights
 
 
 def user_cache(*parts: str) -> Path:

@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from sglang_relay.commands.common import DATA, MODEL, add_start_limit, resolve, say
+from sglang_relay.commands.common import DATA, MODEL, add_start_limit, require_writable, resolve, say
 
 
 def add(commands: Any) -> None:
@@ -33,7 +33,7 @@ def add(commands: Any) -> None:
 
 
 def _run(args: argparse.Namespace) -> int:
-    from sglang_relay.certificate import CertificateError
+    from sglang_relay.certificate import CertificateError, default_directory
     from sglang_relay.certify import FEW, POLICIES, certify
     from sglang_relay.config import ConfigError, RelayConfig
     from sglang_relay.engine.certified import choose
@@ -45,6 +45,7 @@ def _run(args: argparse.Namespace) -> int:
 
     try:
         config = RelayConfig() if args.bound is None else RelayConfig(bound=args.bound)
+        out = require_writable(args.out or default_directory())
         found = certify(
             resolve(args.model),
             policies=POLICIES if args.policies is None else args.policies.split(","),
@@ -54,7 +55,7 @@ def _run(args: argparse.Namespace) -> int:
             start_limit=args.start_limit,
             progress=say,
         )
-        file = found.save(args.out)
+        file = found.save(out)
     except (
         *(CertificateError, ConfigError, IdentityError, MeasureError, ModelError, ProfileError, ServerError, OSError),
     ) as error:

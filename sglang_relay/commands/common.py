@@ -3,6 +3,7 @@
 import argparse
 import math
 import sys
+import tempfile
 from pathlib import Path
 
 MODEL = "a checkpoint folder, a model of fetch-model, or a name on the Hub"
@@ -28,6 +29,17 @@ def _seconds(text: str) -> float:
     if not (math.isfinite(value) and value > 0):
         raise argparse.ArgumentTypeError(f"{text!r}: allowed is a number of seconds above 0")
     return value
+
+
+def require_writable(folder: Path) -> Path:
+    """``folder``, made if it is missing. Raises OSError, saying what to do, where no file can be written to it: better
+    now than after hours of measuring."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise OSError(f"{folder}: cannot be written to ({error}); give another folder with --out") from error
+    return folder
 
 
 def say(text: str) -> None:

@@ -34,6 +34,9 @@ def _run(args: argparse.Namespace) -> int:
         except (requests.RequestException, ValueError) as error:
             print(f"sglang-relay doctor: {args.url} does not answer: {error}", file=sys.stderr)
             return 1
+        except (AttributeError, KeyError, TypeError) as error:
+            print(f"sglang-relay doctor: {args.url} is no server of this version: {error!r}", file=sys.stderr)
+            return 1
     for finding in findings:
         print(f"{'ok ' if finding.ok else 'BAD'}  {finding.what}: {finding.detail}")
     return 0 if all(f.ok for f in findings) else 1

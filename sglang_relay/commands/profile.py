@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from sglang_relay.commands.common import DATA, MODEL, add_start_limit, resolve, say
+from sglang_relay.commands.common import DATA, MODEL, add_start_limit, require_writable, resolve, say
 
 
 def add(commands: Any) -> None:
@@ -36,6 +36,7 @@ def _run(args: argparse.Namespace) -> int:
     from sglang_relay.profile.file import ProfileError
 
     try:
+        require_writable(args.out or user_cache("profiles"))
         model = resolve(args.model)
         found = run.profile(
             model,

@@ -12,9 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from sglang_relay.identity import checkpoint_folder
 from sglang_relay.measure.chains import Chain, Decoding, build_chains
-from sglang_relay.measure.private import POOL, served_identity, starting
+from sglang_relay.measure.private import POOL, checkpoint, served_identity, starting
 from sglang_relay.measure.server import Server
 from sglang_relay.measure.tasks import Agent, Task, load_tasks
 from sglang_relay.measure.vital import START_LIMIT_S
@@ -41,7 +40,9 @@ def profile(
     server_args: flags of the private server, e.g. its ``--dtype``. start_limit: as in `Server`.
     Raises ProfileError, IdentityError, `measure.server.ServerError`.
     """
-    folder = checkpoint_folder(model)
+    if cases is not None and cases < 1:
+        raise ProfileError(f"cases: {cases}, allowed is a number from 1")
+    folder = checkpoint(model)
     tasks = (load_tasks("calibration") if data is None else read_tasks(data))[:cases]
     with tempfile.TemporaryDirectory(prefix="relay-capture-") as captured:
         flags = ["--radix-cache-backend", "relay", "--max-total-tokens", POOL, *server_args]
