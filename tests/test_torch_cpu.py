@@ -172,7 +172,8 @@ def test_attention_of_no_rows() -> None:
     layer: Any = SimpleNamespace(layer_id=0, tp_q_head_num=4, qk_head_dim=32, v_head_dim=16, scaling=1.0)
     backend = TorchCpuAttnBackend.__new__(TorchCpuAttnBackend)
     backend.plan = BatchPlan(batch, [], {})
-    backend.token_to_kv_pool = SimpleNamespace(get_key_buffer=lambda _: None, get_value_buffer=lambda _: None)
+    pool: Any = SimpleNamespace(get_key_buffer=lambda _: None, get_value_buffer=lambda _: None)
+    backend.token_to_kv_pool = pool
     assert backend._attend(torch.zeros(0, 4 * 32), layer, batch).shape == (0, 4 * 16)
 
 
