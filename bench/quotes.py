@@ -45,7 +45,7 @@ def decode(server: Server, prompt: list[int], tokens: int, params: dict[str, Any
         "stream": True,
     }
     chunks: list[tuple[float, dict[str, Any]]] = []
-    with requests.post(server.url + "/generate", json=body, stream=True, timeout=600) as answer:
+    with requests.post(server.url + "/generate", json=body, stream=True, timeout=server.answer_limit) as answer:
         answer.raise_for_status()
         for line in answer.iter_lines():
             if line.startswith(b"data: {"):

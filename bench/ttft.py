@@ -83,7 +83,7 @@ def first_token_s(server: Server, prompt: list[int], params: dict[str, Any]) -> 
         "stream": True,
     }
     start = time.perf_counter()
-    with requests.post(server.url + "/generate", json=body, stream=True, timeout=600) as answer:
+    with requests.post(server.url + "/generate", json=body, stream=True, timeout=server.answer_limit) as answer:
         answer.raise_for_status()
         for line in answer.iter_lines():
             if line.startswith(b"data: {"):

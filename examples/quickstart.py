@@ -102,7 +102,7 @@ class Chain:
     """The agents so far and what they wrote, on one server."""
 
     def __init__(self, url: str, args: argparse.Namespace) -> None:
-        self.client = OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=600)
+        self.client = OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=None)
         self.model = self.client.models.list().data[0].id
         self.args = args
         self.written: list[tuple[Role, Answer]] = []

@@ -13,7 +13,6 @@ from sglang_relay.measure.server import Server, ServerError
 from sglang_relay.models.sources import ModelError
 
 DEFAULT_MODEL = "smollm2-135m"
-START_LIMIT_S = 600
 
 
 def say(message: str) -> None:
@@ -67,7 +66,7 @@ def _own_server(model: str) -> Iterator[str]:
         # There is no certificate for the model, and the default budget is a cautious one; this one is for speed.
         policy = ("--relay-policy", "probe", "--relay-budget", "fast")
         relay = ("--radix-cache-backend", "relay", "--relay-audit-every", 0, *policy)
-        own = Server(model, *relay, timeout=START_LIMIT_S, progress=_tell)
+        own = Server(model, *relay, progress=_tell)
         say(f"starting the server: {own.command}")
         try:
             stack.enter_context(own)

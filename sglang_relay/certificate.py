@@ -123,6 +123,11 @@ class Certificate(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         allowed = [c for c in self.candidates if self.allows(c, bound)]
         return min(allowed, key=lambda c: (c.figures.cost.value, c.figures.kl.mean.value), default=None)
 
+    def closest(self) -> Candidate:
+        """The candidate whose mean KL is least at the upper end of its interval, of equal ones the cheaper. There must
+        be one."""
+        return min(self.candidates, key=lambda c: (c.figures.kl.mean.high, c.figures.cost.value))
+
     def band(self, policy: str, budget: str | None) -> Band:
         """The band of live audits of ``policy`` at ``budget``; not below the noise floor's.
 
@@ -226,12 +231,12 @@ def load_certificate(identity: Identity, where: Path | None = None) -> Certifica
         certificate = read_certificate(where)
         certificate.identity.require(identity, f"the certificate {where}")
         return certificate
-    refused: IdentityError | None = None
+    refused: IdentityError | CertificateError | None = None
     for file in sorted(where.glob(f"{_weights_name(identity)}-*.json")):
-        certificate = read_certificate(file)
         try:
+            certificate = read_certificate(file)
             certificate.identity.require(identity, f"the certificate {file}")
-        except IdentityError as error:
+        except (IdentityError, CertificateError) as error:  # another one may fit
             refused = error
         else:
             return certificate

@@ -13,12 +13,12 @@ import msgspec
 from sglang_relay.budget import parse_budget
 from sglang_relay.certificate import Candidate, Certificate, CertificateError, Figures, figures_of
 from sglang_relay.config import RelayConfig
-from sglang_relay.identity import checkpoint_folder
 from sglang_relay.measure.chains import Decoding, build_chains
 from sglang_relay.measure.divergence import FLOOR, SERVER_ARGS, Case, Choice, measure, parse_choice
-from sglang_relay.measure.private import POOL, served_identity
+from sglang_relay.measure.private import POOL, checkpoint, served_identity, starting
 from sglang_relay.measure.server import Server
 from sglang_relay.measure.tasks import Task, load_tasks
+from sglang_relay.measure.vital import START_LIMIT_S
 from sglang_relay.policies import make_policies
 from sglang_relay.profile.run import read_tasks
 
@@ -46,6 +46,7 @@ def certify(
     cases: int | None = None,
     data: Path | None = None,
     server_args: Sequence[str] = (),
+    start_limit: float = START_LIMIT_S,
     progress: Callable[[str], object] = lambda _: None,
 ) -> Certificate:
     """Certify ``model``, a checkpoint folder or the name of one in the local Hugging Face cache.
@@ -56,13 +57,14 @@ def certify(
 
     policies: as `parse_choice` reads them. cases: only so many tasks, of all kinds alike. data: see
     `profile.run.read_tasks`; the held-out tasks of this project by default. server_args: flags of the private server;
-    its settings are recorded in the certificate.
+    its settings are recorded in the certificate. start_limit: as in `Server`.
     Raises CertificateError, MeasureError, ProfileError (of ``data``), IdentityError, ServerError (of `measure`).
     """
     candidates = candidates_of(policies)
     tasks = spread(load_tasks("heldout") if data is None else read_tasks(data), cases)
-    folder = checkpoint_folder(model)
-    with Server(folder, "--max-total-tokens", POOL, *server_args, *_FORCED) as server:
+    folder = checkpoint(model)
+    flags = ("--max-total-tokens", POOL, *server_args, *_FORCED)
+    with Server(folder, *flags, start_limit=start_limit, progress=starting(progress)) as server:
         state = _relay(server)
         _require_known(server, candidates)
         identity = served_identity(server, folder)

@@ -11,6 +11,7 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from sglang_relay.budget import ALLOWED as BUDGETS
@@ -23,7 +24,14 @@ POLICIES = ("probe", "probe_only", "relay", "cacheblend", "legolink", "rotate", 
 
 
 class ConfigError(ValueError):
-    """A setting has a value that is not allowed; the text names setting, value and what is allowed."""
+    """A setting has a value that is not allowed; the text names setting, value and what is allowed.
+
+    settings: the names of those that are wrong, or do not fit together, where the text does not say who set them.
+    """
+
+    def __init__(self, text: str, *settings: str) -> None:
+        super().__init__(text)
+        self.settings = settings
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,7 +129,8 @@ class RelayConfig:
             chosen = LayerRange(min(1, detect), detect, num_layers - 1)
         if chosen.end >= num_layers:
             raise ConfigError(
-                f"layer_range={chosen}: the model has {num_layers} layers, the last one allowed is {num_layers - 1}"
+                f"layer_range={chosen}: the model has {num_layers} layers, the last one allowed is {num_layers - 1}",
+                "layer_range",
             )
         return chosen
 
@@ -133,7 +142,8 @@ class RelayConfig:
         if last >= num_layers:
             raise ConfigError(
                 f"influence={self.influence}: the model has {num_layers} layers, "
-                f"the last one allowed is {num_layers - 1}"
+                f"the last one allowed is {num_layers - 1}",
+                "influence",
             )
         return range(first, last + 1)
 
@@ -142,7 +152,7 @@ def _one_of(name: str, allowed: tuple[str, ...]) -> Callable[[RelayConfig], None
     def check(config: RelayConfig) -> None:
         value = getattr(config, name)
         if value not in allowed:
-            raise ConfigError(f"{name}={value!r}: allowed are {', '.join(allowed)}")
+            raise ConfigError(f"{name}={value!r}: allowed are {', '.join(allowed)}", name)
 
     return check
 
@@ -151,7 +161,7 @@ def _between(name: str, low: float, high: float) -> Callable[[RelayConfig], None
     def check(config: RelayConfig) -> None:
         value = getattr(config, name)
         if not low <= value <= high:
-            raise ConfigError(f"{name}={value!r}: allowed is a number from {low} to {high}")
+            raise ConfigError(f"{name}={value!r}: allowed is a number from {low} to {high}", name)
 
     return check
 
@@ -162,13 +172,14 @@ def _bound(config: RelayConfig) -> None:
     except ValueError:
         good = False
     if not good:
-        raise ConfigError(f"bound={config.bound!r}: allowed is floor or a number of nats above 0")
+        raise ConfigError(f"bound={config.bound!r}: allowed is floor or a number of nats above 0", "bound")
 
 
 def _layers(config: RelayConfig) -> None:
     r = config.layer_range
     if r is not None and not 0 <= r.start <= r.detect <= r.end:
-        raise ConfigError(f"layer_range={r}: allowed is START,DETECT,END with 0 <= START <= DETECT <= END")
+        text = f"layer_range={r}: allowed is START,DETECT,END with 0 <= START <= DETECT <= END"
+        raise ConfigError(text, "layer_range")
 
 
 def _influence(config: RelayConfig) -> None:
@@ -181,15 +192,18 @@ def _influence(config: RelayConfig) -> None:
         good = False
     if not good:
         raise ConfigError(
-            f"influence={config.influence!r}: allowed are off, auto, or FIRST,LAST with 0 <= FIRST <= LAST"
+            f"influence={config.influence!r}: allowed are off, auto, or FIRST,LAST with 0 <= FIRST <= LAST",
+            "influence",
         )
 
 
 def _windows(config: RelayConfig) -> None:
     if config.stride > config.window:
-        raise ConfigError(f"stride={config.stride}: allowed is a number from 1 to window={config.window}")
+        text = f"stride={config.stride}: allowed is a number from 1 to window={config.window}"
+        raise ConfigError(text, "stride", "window")
     if config.min_segment < config.window:
-        raise ConfigError(f"min_segment={config.min_segment}: allowed is a number from window={config.window} up")
+        text = f"min_segment={config.min_segment}: allowed is a number from window={config.window} up"
+        raise ConfigError(text, "min_segment", "window")
 
 
 _CHECKS: tuple[Callable[[RelayConfig], None], ...] = (
@@ -276,18 +290,25 @@ def _parse(name: str, value: Any, source: str) -> Any:
         raise ConfigError(f"{source}: {name}={value!r}: allowed is {allowed}") from error
 
 
-def load_config(env: Mapping[str, str]) -> RelayConfig:
-    """Read the configuration from ``env`` and the JSON file it may name.
+def load_config(
+    env: Mapping[str, str],
+    *,
+    typed: Mapping[str, str] = MappingProxyType({}),
+    check: Callable[[RelayConfig], object] = lambda _: None,
+) -> RelayConfig:
+    """Read the configuration from ``env`` and the JSON file it may name, and ``check`` it.
 
+    typed: of variables that stand for something else, what that is: the flag that the user gave.
     Raises ConfigError, naming the source, for an unknown setting, an unreadable file or a value that is not allowed.
     """
     chosen: dict[str, Any] = {}
+    sources: dict[str, str] = {}
     names = setting_names()
     if path := env.get(CONFIG_ENV):
-        for name, value in _read_file(Path(path)).items():
+        for name, value in _read_file(Path(path), typed.get(CONFIG_ENV, CONFIG_ENV)).items():
             if name not in names:
                 raise ConfigError(f"{path}: unknown setting {name!r}: allowed are {', '.join(names)}")
-            chosen[name] = _parse(name, value, path)
+            chosen[name], sources[name] = _parse(name, value, path), path
     for variable in sorted(env):
         if not variable.startswith(ENV_PREFIX) or variable == CONFIG_ENV:
             continue
@@ -295,17 +316,24 @@ def load_config(env: Mapping[str, str]) -> RelayConfig:
         if name not in names:
             allowed = ", ".join(ENV_PREFIX + n.upper() for n in names)
             raise ConfigError(f"unknown environment variable {variable}: allowed are {CONFIG_ENV}, {allowed}")
-        chosen[name] = _parse(name, env[variable], variable)
-    return RelayConfig(**chosen)
+        sources[name] = typed.get(variable, variable)
+        chosen[name] = _parse(name, env[variable], sources[name])
+    try:
+        config = RelayConfig(**chosen)
+        check(config)
+    except ConfigError as error:
+        source = next((sources[name] for name in error.settings if name in sources), None)
+        raise error if source is None else ConfigError(f"{source}: {error}") from error
+    return config
 
 
-def _read_file(path: Path) -> dict[str, Any]:
+def _read_file(path: Path, source: str) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise ConfigError(f"{CONFIG_ENV}={path}: the file cannot be read ({error.strerror})") from error
+        raise ConfigError(f"{source}={path}: the file cannot be read ({error.strerror})") from error
     except ValueError as error:  # no JSON, or no UTF-8
-        raise ConfigError(f"{CONFIG_ENV}={path}: not JSON ({error})") from error
+        raise ConfigError(f"{source}={path}: not JSON ({error})") from error
     if not isinstance(content, dict):
-        raise ConfigError(f"{CONFIG_ENV}={path}: allowed is a JSON object of settings")
+        raise ConfigError(f"{source}={path}: allowed is a JSON object of settings")
     return content

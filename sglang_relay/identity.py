@@ -15,7 +15,12 @@ from typing import Any
 
 import msgspec
 
-from sglang_relay import __version__
+METHOD = 2
+"""Revision of what a policy does to KV, which is what figures hang on; certificates and profiles of another one are
+refused. Raise it with any change after which a policy (policies/, ops/, attention/, engine/ where it repairs) selects
+other tokens, recomputes them otherwise, or answers otherwise than by rounding, or after which cost or deviation are
+counted otherwise. Not with a release, nor for what decides only whether a request is relayed. 1: releases up to 0.6,
+whose files name the release instead."""
 
 _WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.gguf")
 """Weight files by kind; of the first kind that a checkpoint has, all files are read."""
@@ -33,7 +38,7 @@ class Identity(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     model: name on the Hugging Face Hub, or the folder's name. revision: the Hub's commit, empty for a folder without
     one. weights: digest of the checkpoint (`weight_digest`). dtype: of the weights as computed with, and what differs
-    from it (`dtype_name`). sglang, extension: versions.
+    from it (`dtype_name`). sglang: its version. extension: this project's `METHOD`, as ``method N``.
     """
 
     model: str
@@ -61,7 +66,7 @@ def identify(model: str | Path, *, dtype: str, revision: str | None = None) -> I
     """
     folder = checkpoint_folder(model, revision)
     name, commit = _name_and_revision(folder)
-    return Identity(name, commit, weight_digest(folder), dtype, version("sglang"), __version__)
+    return Identity(name, commit, weight_digest(folder), dtype, version("sglang"), f"method {METHOD}")
 
 
 def checkpoint_folder(model: str | Path, revision: str | None = None) -> Path:
@@ -106,10 +111,7 @@ def weight_digest(folder: Path, cache: Path | None = None) -> str:
     Raises IdentityError when the folder holds no weights or a file cannot be read.
     """
     folder, cache = Path(folder), cache or user_cache("digests")
-    kinds = (sorted(folder.glob(pattern)) for pattern in _WEIGHTS)
-    weights = next((files for files in kinds if files), None)
-    if weights is None:
-        raise IdentityError(f"{folder}: no weights ({', '.join(_WEIGHTS)})")
+    weights = require_weights(folder)
     files = [*weights, *(f for f in (folder / "config.json",) if f.is_file())]
     try:
         with ThreadPoolExecutor(min(len(files), os.cpu_count() or 1, 8)) as pool:
@@ -119,6 +121,15 @@ def weight_digest(folder: Path, cache: Path | None = None) -> str:
         raise IdentityError(f"{folder}: cannot be read ({error})") from error
     listing = [[file.name, size, digest] for file, size, digest in zip(files, sizes, digests, strict=True)]
     return "sha256:" + hashlib.sha256(json.dumps(listing).encode()).hexdigest()
+
+
+def require_weights(folder: Path) -> list[Path]:
+    """The weight files of a checkpoint. Raises IdentityError when it has none."""
+    kinds = (sorted(folder.glob(pattern)) for pattern in _WEIGHTS)
+    weights = next((files for files in kinds if files), None)
+    if weights is None:
+        raise IdentityError(f"{folder}: no weights ({', '.join(_WEIGHTS)})")
+    return weights
 
 
 def user_cache(*parts: str) -> Path:

@@ -12,6 +12,8 @@ from plugins import Inspector
 from reference import Reference
 from tiny_model import make_tiny_llama
 
+from sglang_relay.measure.server import Server
+
 # SGLang's modules need a platform to be imported on a machine without an accelerator.
 if not torch.cuda.is_available():
     os.environ.setdefault("SGLANG_PLATFORM", "relay_cpu")
@@ -19,6 +21,9 @@ if not torch.cuda.is_available():
 os.environ.setdefault("SGLANG_RELAY_AUDIT_EVERY", "0")
 # For the tests' tiny models relaying seldom saves time: tests of the cost model turn it on themselves.
 os.environ.setdefault("SGLANG_RELAY_COST_MODEL", "false")
+
+# Nothing that the tests ask takes that long: a request that is lost shall not hold up the run.
+Server.answer_limit = 300.0
 
 
 @pytest.fixture(autouse=True)

@@ -1,11 +1,13 @@
 """An SGLang plugin that breaks the cost model (test_cost_engine.py). Runs inside the server's processes; must not
 import from the tests. The file ``fault`` in the folder that RELAY_TEST_COST names says what is broken: a name from
-``load``, on all ranks, or ``name@rank``. With ``synthetic`` the model's times are made up, and what a rank publishes is
-written to ``published.<rank>``, a line each time."""
+``load``, on all ranks, or ``name@rank``. With ``synthetic`` the model's times are made up; with ``clock``
+those of rank 0 are, and the other ranks take what their own clocks say, which all but stand still. What a rank
+publishes is then written to ``published.<rank>``, a line each time."""
 
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,10 +25,12 @@ def load() -> None:
 
     _wrap(calibration, "calibrate", {"calibrate": _raise})
     _wrap(calibration._Passes, "_time", {"synthetic": _calibration_time})
-    _wrap(CostModel, "observe", {"observe": _raise, "synthetic": _observe_other_time})
+    _wrap(CostModel, "observe", {"observe": _raise, "synthetic": _observe_other_time, "clock": _observe_by_clock})
     _wrap(CostModel, "publish", {"publish": _raise})
-    _wrap(CostModel, "load", {"load": _raise, "synthetic": _recorded})
+    _wrap(CostModel, "load", {"load": _raise, "synthetic": _recorded, "clock": _recorded})
     _wrap(forward.StagedForward, "run", {"run": _raise})
+    for name in ("time", "monotonic", "perf_counter"):
+        _wrap(time, name, {"clock": _skewed if name == "perf_counter" else _ahead})
 
 
 def _wrap(owner: Any, name: str, faults: dict[str, Callable[..., Any]]) -> None:
@@ -69,6 +73,19 @@ def _calibration_time(original: Callable[..., float], passes: Any, shape: Any) -
 def _observe_other_time(original: Callable[..., bool], model: Any, features: Any, seconds: float) -> bool:
     """Twice the time of the calibration."""
     return original(model, features, 2 * _synthetic(features))
+
+
+def _observe_by_clock(original: Callable[..., bool], model: Any, features: Any, seconds: float) -> bool:
+    return original(model, features, seconds if _rank() else _synthetic(features))
+
+
+def _skewed(clock: Callable[[], float]) -> float:
+    """What forwards are timed by."""
+    return clock() / (1e6 if _rank() else 1)
+
+
+def _ahead(clock: Callable[[], float]) -> float:
+    return clock() + (3600 if _rank() else 0)
 
 
 def _synthetic(features: Any) -> float:

@@ -4,7 +4,6 @@ not import from the tests. Which fault is in force is the text of the file that 
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -37,8 +36,6 @@ def load() -> None:
     _wrap(DeviationPolicy, "select", {"select": _raise, "other_rows": _other_rows})
     _wrap(quotes, "quoted", {"quotes": _raise, "other_quotes": _other_quotes})
     _wrap(quotes, "_stage", {"quote_attention": _failed_stage})
-    for name in ("time", "monotonic", "perf_counter"):
-        _wrap(time, name, {"clock": _skewed})
 
 
 def _wrap(owner: Any, name: str, faults: dict[str, Callable[..., Any]]) -> None:
@@ -84,8 +81,3 @@ def _failed_stage(make: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     stage = make(*args, **kwargs)
     stage._backend.failure = Injected("broken by a test")
     return stage
-
-
-def _skewed(clock: Callable[[], float]) -> float:
-    """An hour ahead, and running at half the pace."""
-    return clock() / 2 + 3600

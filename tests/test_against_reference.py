@@ -199,6 +199,8 @@ def cost(policy: Policy, layers: int, reused: int, selected: int, tail: int) -> 
         return selected * (layers - 0.9) / reused / layers
     end = policy.end if isinstance(policy, Relay) else layers - 1
     spared = 0.9 * selected if end == layers - 1 else 0.0
+    if isinstance(policy, CacheBlend):  # of layer `det` the others need K and V, too, and nothing else
+        return (reused * (policy.det + 0.1) + selected * (layers - policy.det) - spared) / reused / layers
     return (reused * (policy.det + 1) + selected * (end - policy.det) - spared) / reused / layers
 
 

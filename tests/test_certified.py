@@ -14,8 +14,9 @@ from tiny_model import make_tiny_llama
 
 from sglang_relay.breaker import UNCERTIFIED
 from sglang_relay.budget import Budget
-from sglang_relay.config import ConfigError, RelayConfig
-from sglang_relay.engine.certified import CONSERVATIVE, bands, choose, find_certificate
+from sglang_relay.config import ConfigError, RelayConfig, load_config
+from sglang_relay.engine.certified import CONSERVATIVE, bands, choose, find_certificate, require_certificate
+from sglang_relay.engine.served import require_profile
 from sglang_relay.identity import identify
 
 
@@ -37,7 +38,7 @@ def test_the_operator_s_policy_wins() -> None:
 def test_without_a_certificate_the_cautious_one_and_it_says_so() -> None:
     chosen = choose(RelayConfig(), None)
     assert chosen[:2] == CONSERVATIVE == ("probe", Budget("share", 0.3))
-    assert "NO CERTIFICATE" in chosen.why
+    assert "NO CERTIFICATE" in chosen.why and not chosen.assured
 
 
 @pytest.mark.parametrize(
@@ -45,13 +46,15 @@ def test_without_a_certificate_the_cautious_one_and_it_says_so() -> None:
     [("0.05", "rotate", None), ("0.02", "legolink", Budget("tokens", 16)), ("0.005", "probe", Budget("share", 0.1))],
 )
 def test_the_cheapest_that_is_certified(bound: str, policy: str, budget: Budget | None) -> None:
-    assert choose(RelayConfig(bound=bound), CERTIFICATE)[:2] == (policy, budget)
+    chosen = choose(RelayConfig(bound=bound), CERTIFICATE)
+    assert chosen[:2] == (policy, budget) and chosen.assured
 
 
 def test_a_budget_of_the_operator_s_must_have_been_measured() -> None:
     some = made(candidate("probe", "0.1", 4e-3, 0.1), candidate("probe", "0.3", 2e-3, 0.3))
     assert choose(RelayConfig(budget=Budget("share", 0.3)), some)[:2] == ("probe", Budget("share", 0.3))
-    assert choose(RelayConfig(budget=Budget("share", 0.05)), some)[:2] == (None, None)
+    unmeasured = choose(RelayConfig(budget=Budget("share", 0.05)), some)
+    assert unmeasured[:2] == CONSERVATIVE and "NOT MEASURED" in unmeasured.why and not unmeasured.assured
 
 
 def test_what_was_measured_with_further_parameters_is_no_default() -> None:
@@ -65,9 +68,20 @@ def test_the_paper_s_policy_is_no_default_without_its_influence() -> None:
     assert choose(RelayConfig(), some, influence=True)[:2] == ("relay", None)
 
 
-def test_nothing_within_the_bound_is_no_policy() -> None:
-    chosen = choose(RelayConfig(bound="0.001"), made(candidate("rotate", None, 3e-2, 0.0)))
-    assert chosen[:2] == (None, None) and "allows no policy within 0.001" in chosen.why
+@pytest.mark.parametrize("bound", ["0.001", "floor"])
+def test_nothing_within_the_bound_is_the_most_careful_that_was_measured(bound: str) -> None:
+    """To have measured must not switch off what relays without a certificate. The upper end of the interval counts."""
+    doubtful = candidate("probe", "0.3", 1.5e-3, 0.3, tail=4.0)
+    some = made(candidate("rotate", None, 3e-2, 0.0), doubtful, candidate("probe", "0.2", 1.8e-3, 0.2))
+    assert doubtful.figures.kl.mean.value < 1.5 * 1.8e-3 < doubtful.figures.kl.mean.high
+    chosen = choose(RelayConfig(bound=bound), some)
+    assert chosen[:2] == ("probe", Budget("share", 0.2)) and not chosen.assured
+    assert f"NO POLICY IS WITHIN {bound}" in chosen.why and "mean KL up to 0.0018" in chosen.why
+
+
+def test_where_nothing_measured_may_serve_the_cautious_one_does() -> None:
+    chosen = choose(RelayConfig(bound="1"), made(candidate("relay", None, 1e-3, 0.1)))
+    assert chosen[:2] == CONSERVATIVE and "NOT MEASURED" in chosen.why and not chosen.assured
 
 
 def test_bands_are_the_certificate_s() -> None:
@@ -99,6 +113,26 @@ def test_one_that_does_not_fit_is_left_out_if_found_and_refused_if_named(
         find_certificate(RelayConfig(certificate=str(cache)), args(model, "bfloat16"))
     with pytest.raises(ConfigError, match="certificate="):
         find_certificate(RelayConfig(certificate=str(tmp_path / "nowhere.json")), args(model))
+
+
+def test_one_that_cannot_be_read_hides_no_other(tmp_path: Path, cache: Path) -> None:
+    model = make_tiny_llama(tmp_path / "model")
+    mine = msgspec.structs.replace(CERTIFICATE, identity=identify(model, dtype="float32"))
+    file = mine.save(cache)
+    file.with_name(f"{file.name.partition('-')[0]}-another.json").write_text("{")
+    assert find_certificate(RelayConfig(), args(model)) == mine
+
+
+@pytest.mark.parametrize("content", [None, "", "{}"])
+def test_a_file_that_is_named_must_be_one_before_anything_starts(tmp_path: Path, content: str | None) -> None:
+    for name, require in (("certificate", require_certificate), ("profile", require_profile)):
+        require(RelayConfig())
+        file = tmp_path / f"{name}.json"
+        if content is not None:
+            file.write_text(content)
+        with pytest.raises(ConfigError, match=rf"{name}=.*{name}\.json: no readable {name}") as refused:
+            require(load_config({f"SGLANG_RELAY_{name.upper()}": str(file)}))
+        assert refused.value.settings == (name,)
 
 
 def test_settings_of_the_checkpoint_are_read(tmp_path: Path, cache: Path) -> None:

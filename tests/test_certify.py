@@ -13,6 +13,8 @@ from tiny_model import make_tiny_llama
 from sglang_relay.certificate import CertificateError, read_certificate
 from sglang_relay.certify import POLICIES, _figures, _require_known, candidates_of, spread
 from sglang_relay.cli import main
+from sglang_relay.config import RelayConfig
+from sglang_relay.engine.certified import choose
 from sglang_relay.identity import identify
 from sglang_relay.measure.divergence import Case
 from sglang_relay.measure.server import Server
@@ -49,16 +51,21 @@ def test_a_certificate_from_the_command_line_and_the_server_that_obeys_it(
     # The prompt with the long suffix was prefilled in full: exact, at the full price, and no audit would see it.
     assert 0.53 < probe.figures.cost.value < 0.65 and probe.figures.kl.mean.low < 1e-8 < 1e-4 < probe.figures.kl.max
     assert shown.startswith(found.table())
-    assert f"\nrotate: cheapest within 2 by the certificate of {found.made}\n" in shown
+    will = "servers with policy=auto and bound=2 will relay with"
+    assert f"\n{will} rotate: cheapest within 2 by the certificate of {found.made}\n" in shown
 
-    with Server(model, "--radix-cache-backend", "relay", *flags, env={"SGLANG_RELAY_BOUND": "2"}) as server:
+    # Nothing was measured within such a bound: the server says so, and relays all the same.
+    chosen = choose(RelayConfig(bound="1e-9"), found)
+    with Server(model, "--radix-cache-backend", "relay", *flags, env={"SGLANG_RELAY_BOUND": "1e-9"}) as server:
         state = server.get("/server_info")["internal_states"][0]["relay"]
-        assert state["default_tier"] == "rotate"
-        assert "policy rotate: cheapest within 2 by the certificate" in server.log()
+        assert state["default_tier"] == chosen.tier == min(found.candidates, key=lambda c: c.figures.kl.mean.high).label
+        assert f"policy {chosen.tier}: NO POLICY IS WITHIN 1e-9 by the certificate of {found.made}" in server.log()
         assert "is of other settings: page_size: measured with 4, now 1\n" in server.log()
+        assert "the server is starting, " in said
         output = server.generate(tokens(30, 1), max_new_tokens=101, ignore_eos=True)["output_ids"][:-1]
         report = server.generate(tokens(20, 2) + output + tokens(10, 3), max_new_tokens=1)["meta_info"]["relay"]
-        assert (report["policy"], report["relayed"], report["recomputed"]) == ("rotate", 100, 0)
+        assert (report["policy"], report["declined"]) == (chosen.policy, None)
+        assert report["relayed"] + report["recomputed"] == 100
         _require_known(server, candidates_of(POLICIES))
         with pytest.raises(CertificateError, match=r"policy rotate\+nonsense=1: the server knows no such"):
             _require_known(server, candidates_of(["full", "rotate+nonsense=1"]))

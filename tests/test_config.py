@@ -3,8 +3,11 @@
 import argparse
 import json
 import os
+import re
+import subprocess
+import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 
@@ -275,7 +278,131 @@ def test_every_setting_has_its_flag() -> None:
         assert getattr(given, f"relay_{name}") == text, value
 
 
+class Args(NamedTuple):
+    """What is read of SGLang's ServerArgs where no layer is named."""
+
+
 @pytest.mark.usefixtures("clean_environment")
-def test_a_wrong_flag_ends_the_start() -> None:
-    with pytest.raises(ConfigError, match="policy='best'"):
-        command_line.export_flags(parse("--relay-policy", "best"))
+@pytest.mark.parametrize(("name", "text"), [("policy", "best"), ("budget", "lots"), ("tau_dev", "nan")])
+def test_a_wrong_value_is_refused_with_the_source_that_the_user_typed(
+    name: str, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Before any process is started: as a program's argument on the command line, as an exception elsewhere."""
+    monkeypatch.setattr(command_line, "_typed", None)
+    value = rf"{name}='?{text}'?: allowed"
+    with monkeypatch.context() as patch:
+        patch.setenv(ENV_PREFIX + name.upper(), text)
+        with pytest.raises(ConfigError, match=f"^{ENV_PREFIX + name.upper()}: {value}"):
+            command_line.check(Args(), relays=True)
+    with monkeypatch.context() as patch:
+        path = file_of(tmp_path, {name: text})[CONFIG_ENV]
+        patch.setenv(CONFIG_ENV, path)
+        with pytest.raises(ConfigError, match=f"^{path}: {value}"):
+            command_line.check(Args(), relays=True)
+    flag = "--relay-" + name.replace("_", "-")
+    command_line.export_flags(parse(flag, text))
+    with pytest.raises(SystemExit) as ended:
+        command_line.check(Args(), relays=True)
+    assert ended.value.code == 2
+    said = capsys.readouterr().err
+    assert re.fullmatch(f"sglang-relay: {flag}: {value}.*\n", said), said
+
+
+@pytest.mark.usefixtures("clean_environment")
+def test_a_file_that_a_flag_names_is_refused_by_the_flag(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(command_line, "_typed", None)
+    for name in ("config", "certificate", "profile"):
+        with monkeypatch.context() as patch:
+            patch.setenv(ENV_PREFIX + name.upper(), "")  # removed afterwards
+            command_line.export_flags(parse(f"--relay-{name}", str(tmp_path / "gone.json")))
+            with pytest.raises(SystemExit):
+                command_line.check(Args(), relays=True)
+        said = capsys.readouterr().err
+        assert said.startswith(f"sglang-relay: --relay-{name}") and "gone.json" in said and said.count("\n") == 1, said
+
+
+@pytest.mark.usefixtures("clean_environment")
+def test_windows_that_do_not_fit_are_refused_by_the_one_that_was_set() -> None:
+    with pytest.raises(ConfigError, match=r"^SGLANG_RELAY_WINDOW: min_segment=32"):
+        load_config(env(window=40))
+
+
+@pytest.mark.usefixtures("clean_environment")
+def test_a_server_that_does_not_relay_is_not_ended_by_a_wrong_setting(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(command_line, "_typed", None)
+    monkeypatch.setenv(ENV_PREFIX + "POLICY", "best")
+    command_line.check(Args(), relays=False)
+    assert "not in use" in caplog.text and "SGLANG_RELAY_POLICY: policy='best'" in caplog.text
+
+
+STARTS = """
+import os, sys
+from sglang.srt.plugins import load_plugins
+from sglang.srt.server_args import ServerArgs
+from sglang_relay.config import ConfigError
+model = sys.argv[1]
+load_plugins()
+
+def start(backend, **settings):
+    os.environ.update({"SGLANG_RELAY_" + name.upper(): value for name, value in settings.items()})
+    try:
+        args = ServerArgs(model_path=model, radix_cache_backend=backend)
+        args.resolve_once()
+        args.check_server_args()
+        print("started")
+    except ConfigError as error:
+        print(error)
+    for name in settings:
+        del os.environ["SGLANG_RELAY_" + name.upper()]
+
+start("relay", policy="rotate")
+start("relay", suffix="ten")
+start("relay-isolated", layer_range="1,3,6")
+start("relay", influence="0,6")
+start("relay", layer_range="1,3,5", influence="0,5")
+start(None, suffix="ten")
+
+import sglang
+os.environ["SGLANG_RELAY_SUFFIX"] = "ten"
+try:
+    sglang.Engine(model_path=model, radix_cache_backend="relay")
+except ConfigError as error:
+    print("engine:", error)
+"""
+
+
+def test_settings_are_checked_in_whatever_way_a_server_starts(model: Path) -> None:
+    variables = {name: value for name, value in os.environ.items() if not name.startswith(ENV_PREFIX)}
+    done = subprocess.run(
+        [sys.executable, "-c", STARTS, str(model)], env=variables, capture_output=True, text=True, check=False
+    )
+    layers = "the model has 6 layers, the last one allowed is 5"
+    wrong = "SGLANG_RELAY_SUFFIX: suffix='ten': allowed is a whole number"
+    assert done.stdout.splitlines() == [
+        "started",
+        wrong,
+        f"SGLANG_RELAY_LAYER_RANGE: layer_range=1,3,6: {layers}",
+        f"SGLANG_RELAY_INFLUENCE: influence=0,6: {layers}",
+        "started",
+        "started",
+        f"engine: {wrong}",
+    ], done.stderr[-3000:]
+
+
+def test_a_command_line_with_a_wrong_variable_ends_with_one_line_of_its_own(model: Path) -> None:
+    variables = {name: value for name, value in os.environ.items() if not name.startswith(ENV_PREFIX)}
+    command = [sys.executable, "-m", "sglang.launch_server", "--model-path", str(model)]
+    done = subprocess.run(
+        [*command, "--radix-cache-backend", "relay"],
+        env=variables | {"SGLANG_RELAY_POLICY": "best"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2, done.stderr[-3000:]
+    assert "\nsglang-relay: SGLANG_RELAY_POLICY: policy='best': allowed are auto, probe" in done.stderr
+    assert "Traceback" not in done.stderr and "Load weight" not in done.stderr

@@ -219,6 +219,24 @@ def test_ranks_decide_by_what_rank_0_measured(ranks: Served) -> None:
     assert [r["declined"] for r in reports] == [None, "predicted_slower"]
 
 
+def test_a_rank_whose_clock_is_wrong_decides_as_the_others(ranks: Served) -> None:
+    """By its own times no forward takes any, so that no prompt is worth relaying. What is decided meanwhile hangs on
+    how far the coefficients have come; that it is one decision does not."""
+    ranks.fault("clock")
+    before = len(published(ranks, 1))
+    for _ in range(64):
+        ranks.timed(1)
+        if len(published(ranks, 1)) > before:
+            break
+    assert len(published(ranks, 1)) > before
+    assert published(ranks, 0) == published(ranks, 1)
+    ranks.decode()
+    declined = {ranks.report(custom)["declined"] for _ in range(3) for custom in (WORTH, HOPELESS)}
+    assert declined <= {None, "predicted_slower"}, declined
+    assert ranks.cost()["deciding"]
+    ranks.fault("synthetic")
+
+
 def test_ranks_that_publish_differently_stop_deciding(ranks: Served) -> None:
     ranks.fault("load@1")
     for _ in range(64):

@@ -11,8 +11,10 @@ import msgspec
 import pytest
 from tiny_model import make_tiny_llama
 
-from sglang_relay import __version__, identity
+import sglang_relay
+from sglang_relay import identity
 from sglang_relay.identity import (
+    METHOD,
     Identity,
     IdentityError,
     checkpoint_folder,
@@ -139,9 +141,19 @@ def test_identify_names_a_hub_snapshot_by_its_repository_and_commit(
     shutil.copytree(checkpoint, snapshot)
     found = identify(snapshot, dtype="bfloat16")
     assert (found.model, found.revision) == ("org/some-model", "0123abcd")
-    assert (found.sglang, found.extension) == ("0.5.23", __version__)
+    assert (found.sglang, found.extension) == ("0.5.23", f"method {METHOD}")
     plain = identify(str(checkpoint), dtype="bfloat16")
     assert (plain.model, plain.revision, plain.weights) == ("checkpoint", "", found.weights)
+
+
+def test_a_release_that_changes_no_figure_keeps_its_files(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file of a release before there were methods is refused, by its name."""
+    before = identify(checkpoint, dtype="bfloat16")
+    monkeypatch.setattr(sglang_relay, "__version__", "99.0")
+    assert identify(checkpoint, dtype="bfloat16") == before
+    old = msgspec.structs.replace(before, extension="0.6.0")
+    with pytest.raises(IdentityError, match=rf"^x was made for another extension: '0\.6\.0', not 'method {METHOD}'$"):
+        old.require(before, "x")
 
 
 def test_a_model_that_is_not_there_is_an_error_and_no_download(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -202,9 +202,18 @@ def test_selection_is_its_definition(
 
 def test_cacheblend_ranks_all_segments_together() -> None:
     p = policy("cacheblend")
-    assert (p.whole, p.until) == (2, LAYERS)
+    assert (p.whole, p.detect, p.until) == (1, 1, LAYERS)
     assert chosen(p.select(view([0.1, 0.9, 0.1, 0.1], [0.8, 0.7, 0.2, 0.1]), share(0.375))) == [1, 4, 5]
-    assert p.expected_share(share(0.3)) == pytest.approx((2 + 0.3 * 10) / 12)
+    assert p.expected_share(share(0.3)) == pytest.approx((1.1 + 0.3 * 11) / 12)
+
+
+def test_cacheblend_runs_the_one_dense_layer_that_was_published() -> None:
+    """.1736 at a share of .15 in 36 layers; what K and V of layer 1 take is a tenth of a layer more."""
+    published = (1 + 0.15 * 35) / 36
+    assert published == pytest.approx(0.1736, abs=1e-4)
+    in_36 = make_policies(RelayConfig(), 36)["cacheblend"]
+    assert in_36.expected_share(None) == pytest.approx(published + 0.1 / 36)
+    assert make_policies(RelayConfig(), 1)["cacheblend"].exact
 
 
 def test_legolink_takes_the_first_tokens_of_each_text() -> None:

@@ -11,6 +11,8 @@ import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import requests
@@ -98,8 +100,10 @@ def rotate_fp64(x: torch.Tensor, angles: torch.Tensor, *, neox: bool) -> torch.T
 @pytest.mark.parametrize("neox", [True, False])
 @pytest.mark.parametrize("rotary_dim", [32, 16])
 @pytest.mark.parametrize("layout", ["qkv", "qvk", "apart", "heads"])
-def test_rotate_pair(dtype: torch.dtype, neox: bool, rotary_dim: int, layout: str) -> None:
-    tokens, heads, kv_heads, dim = 6, 4, 2, 32
+@pytest.mark.parametrize("tokens", [6, 0])
+def test_rotate_pair(dtype: torch.dtype, neox: bool, rotary_dim: int, layout: str, tokens: int) -> None:
+    """Of no tokens, too: a batch of nothing but empty prompts."""
+    heads, kv_heads, dim = 4, 2, 32
     qkv = normal(tokens, (heads + 2 * kv_heads) * dim, dtype=dtype)
     query, key, value = qkv.split([heads * dim, kv_heads * dim, kv_heads * dim], dim=-1)
     if layout == "apart":
@@ -116,8 +120,9 @@ def test_rotate_pair(dtype: torch.dtype, neox: bool, rotary_dim: int, layout: st
 
     for x, result in zip((query, key), results, strict=True):
         assert result.shape == x.shape and result.dtype == dtype
-        expected = rotate_fp64(x.reshape(tokens, -1, dim), angles, neox=neox).view(x.shape)
-        assert_near(result, expected, roundings=4 if dtype == torch.float32 else 1.01)
+        if tokens:
+            expected = rotate_fp64(x.reshape(tokens, -1, dim), angles, neox=neox).view(x.shape)
+            assert_near(result, expected, roundings=4 if dtype == torch.float32 else 1.01)
     assert torch.equal(qkv, before)
 
 
@@ -157,6 +162,19 @@ def test_extend_equals_dense_attention(dtype: torch.dtype, rows: int, prefix: in
     sdpa.extend(query, key.transpose(0, 1)[None], value.transpose(0, 1)[None], 0.2, mask, out)
 
     assert_near(out, attention_fp64(query, key, value, 0.2), roundings=16 if dtype == torch.float32 else 4)
+
+
+def test_attention_of_no_rows() -> None:
+    """Nothing but empty prompts: what fails then is SGLang's own (docs/situations.md), and not the platform."""
+    from sglang_torch_cpu.attention import BatchPlan, TorchCpuAttnBackend
+
+    batch: Any = object()
+    layer: Any = SimpleNamespace(layer_id=0, tp_q_head_num=4, qk_head_dim=32, v_head_dim=16, scaling=1.0)
+    backend = TorchCpuAttnBackend.__new__(TorchCpuAttnBackend)
+    backend.plan = BatchPlan(batch, [], {})
+    pool: Any = SimpleNamespace(get_key_buffer=lambda _: None, get_value_buffer=lambda _: None)
+    backend.token_to_kv_pool = pool
+    assert backend._attend(torch.zeros(0, 4 * 32), layer, batch).shape == (0, 4 * 16)
 
 
 def test_only_the_sequences_own_slots_are_read() -> None:

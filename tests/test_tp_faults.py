@@ -175,13 +175,3 @@ def test_rank_whose_index_differs(ranks: Ranks, fault: str) -> None:
     ranks.evict()
     ranks.decode_two()
     ranks.relays()
-
-
-def test_skewed_clock(ranks: Ranks) -> None:
-    """Nothing is decided by a rank's own clock, so a wrong one changes nothing."""
-    for fault in ("clock", "", "clock"):
-        ranks.fault(fault)
-        ranks.relays()
-        ranks.relays("full")
-        ranks.evict()
-        ranks.decode_two()

@@ -28,11 +28,14 @@ def _run(args: argparse.Namespace) -> int:
         import requests
 
         try:
-            answer = requests.get(args.url.rstrip("/") + "/server_info", timeout=30)
+            answer = requests.get(args.url.rstrip("/") + "/server_info", timeout=(10, None))
             answer.raise_for_status()
             findings = list(doctor.server(answer.json()))
         except (requests.RequestException, ValueError) as error:
             print(f"sglang-relay doctor: {args.url} does not answer: {error}", file=sys.stderr)
+            return 1
+        except (AttributeError, KeyError, TypeError) as error:
+            print(f"sglang-relay doctor: {args.url} is no server of this version: {error!r}", file=sys.stderr)
             return 1
     for finding in findings:
         print(f"{'ok ' if finding.ok else 'BAD'}  {finding.what}: {finding.detail}")

@@ -152,9 +152,10 @@ class RelayAttentionBackend(AttentionBackend):
             raise RuntimeError("no attention stage is planned")
         pool = self.token_to_kv_pool
         keys, values = pool.get_key_buffer(layer.layer_id), pool.get_value_buffer(layer.layer_id)
-        if self.deviation is not None and self.deviation.layer == layer.layer_id:
+        probe = self.deviation
+        if probe is not None and probe.layer == layer.layer_id and not probe.measured:
             fresh = v.view(-1, layer.tp_v_head_num, layer.v_head_dim)
-            self.deviation.measure(self._ops.deviation, fresh, values)
+            probe.measure(self._ops.deviation, fresh, values)
         if save_kv_cache:
             pool.set_kv_buffer(layer, KVWriteLoc(forward_batch.out_cache_loc, None), k, v)
         for interpolation in self.interpolations:

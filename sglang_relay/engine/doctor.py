@@ -21,6 +21,7 @@ _PARAMETERS = {
     "sglang.srt.mem_cache.unified_radix_cache.UnifiedRadixCache.checkpoint_into_tree": ["self", "req"],
     "sglang.srt.mem_cache.unified_radix_cache.UnifiedRadixCache.path_device_indices": ["self", "node"],
     "sglang.srt.managers.tokenizer_manager.TokenizerManager._wait_one_response": ["self", "obj"],
+    "sglang.srt.server_args.ServerArgs.check_server_args": ["self"],
 }
 """SGLang's functions that the relay builds on, and the first parameters it relies on."""
 

@@ -17,9 +17,10 @@ from sglang_relay.engine.backend import RelayAttentionBackend
 from sglang_relay.engine.layout import Layout
 from sglang_relay.engine.probing import ProbePass
 from sglang_relay.engine.selection import Selection, Work
-from sglang_relay.engine.stage import Stage
+from sglang_relay.engine.stage import Stage, State
 from sglang_relay.engine.tools import ForwardTools
 from sglang_relay.plan import Decline
+from sglang_relay.policies import KEYS_AND_VALUES
 
 if TYPE_CHECKING:
     from sglang.srt.model_executor.forward_batch_info import ForwardBatch
@@ -71,8 +72,9 @@ class StagedForward:
         if self.policy.whole:
             exact = self.layout.rows_of([s for s in self.layout.spans if s.exact])
             self._enter()
+            layers = self.policy.whole - self.entered + (KEYS_AND_VALUES if self._looks_ahead else 0.0)
             for span in self.layout.approximate():
-                self.selection.charge(span.plan, span.length * (self.policy.whole - self.entered))
+                self.selection.charge(span.plan, span.length * layers)
             return np.setdiff1d(np.arange(len(self.layout.positions)), exact)
         if self.policy.signal == "none":
             return self.selection.with_selected(self.fresh)
@@ -86,6 +88,10 @@ class StagedForward:
         self.states = self.tools.hidden.of(self.layout.donor_slots(spans))
         if self.states is not None:
             self.head = self._stage(self.fresh)
+
+    @property
+    def _looks_ahead(self) -> bool:
+        return self.policy.looks_ahead and self.policy.whole < self.policy.until
 
     @property
     def entered(self) -> int:
@@ -151,13 +157,25 @@ class StagedForward:
         if until == whole:  # selected or not, no reused token goes on
             (stage,) = self._next(self.first, lambda: [self.fresh])
             return self._finish(stage, whole)
+        state = self._look_ahead(whole) if self._looks_ahead else None
         self.selection.collect()
-        (stage,) = self._next(self.first, lambda: [self.selection.with_selected(self.fresh)])
+        (stage,) = self._next(self.first, lambda: [self.selection.with_selected(self.fresh)], state)
         if until < self.layers:
             stage.layers(whole, until)
             (stage,) = self._next(stage, lambda: [self.fresh])
             return self._finish(stage, until)
         return self._finish(stage, whole)
+
+    def _look_ahead(self, layer: int) -> State:
+        """K and V of ``layer`` of the first stage's rows, which end there; with what they entered it."""
+        failure, state = None, self.first.export()
+        try:
+            self.first.take_over(self.first.rows, *state)
+        except Exception as error:
+            failure = self.tools.failure("hand_over", error)
+        self._agree(failure, layer)
+        self.first.keys_and_values(layer, layer)
+        return state
 
     def _run_head(self) -> None:
         """Bring the fresh tokens to the layer that the reused ones enter, and join them."""
@@ -193,9 +211,11 @@ class StagedForward:
         self.selection.ends_early(others.rows)
         return ends.layers(last, self.layers)
 
-    def _next(self, before: Stage | None, rows: Callable[[], list[np.ndarray]]) -> list[Stage]:
+    def _next(
+        self, before: Stage | None, rows: Callable[[], list[np.ndarray]], state: State | None = None
+    ) -> list[Stage]:
         """The stages that go on with each of ``rows()``, subsets of the rows of ``before``, or start from their
-        embeddings (None); the same on every rank."""
+        embeddings (None); the same on every rank. state: what ``before`` has exported already."""
         stages: list[Stage] = []
         failure, digest = None, 0
         if self.backend.failure is None:
@@ -207,7 +227,7 @@ class StagedForward:
                 failure = self.tools.failure("select", error)
         self._agree(failure, digest)
         if before is not None:
-            state = before.export()
+            state = state or before.export()
             try:
                 for stage in stages:
                     stage.take_over(before.rows, *state)

@@ -36,7 +36,7 @@ def load() -> None:
     for name in (SHARED, ISOLATED):
         if get_radix_cache_factory(name) is None:
             register_radix_cache_backend(name, build_tree)
-    command_line.register()
+    command_line.register((SHARED, ISOLATED))
     front_end.register((SHARED, ISOLATED))
 
 
@@ -53,7 +53,6 @@ def build_tree(ctx: TreeCacheBuildContext) -> Any:
     from sglang_relay.engine.backend import attention_of, ops_of
     from sglang_relay.engine.calibration import calibrate_costs
     from sglang_relay.engine.certified import (
-        CONSERVATIVE,
         bands,
         choose,
         find_certificate,
@@ -90,9 +89,7 @@ def build_tree(ctx: TreeCacheBuildContext) -> Any:
     certificate: Any = consensus.broadcast(find_certificate(config, args) if consensus.leads else None)
     missing_influence = influence_reason(runner, config, ctx.server_args)
     chosen = choose(config, certificate, influence=missing_influence is None)
-    config = replace(config, policy=chosen.policy or CONSERVATIVE[0])
-    if chosen.policy is None and config.default == "on":
-        config = replace(config, default="exact")
+    config = replace(config, policy=chosen.policy)
     relay = RelayManager(
         config,
         tree,
@@ -104,7 +101,7 @@ def build_tree(ctx: TreeCacheBuildContext) -> Any:
         base=base,
         isolated=isolated,
         unsupported=reasons,
-        budgets={} if chosen.policy is None or chosen.budget is None else {chosen.policy: chosen.budget},
+        budgets={} if chosen.budget is None else {chosen.policy: chosen.budget},
         band_of=bands(certificate),
     )
     if missing_influence is not None:
@@ -190,9 +187,9 @@ def _announce(relay: Any, hooks: list[Any], isolated: bool, chosen: Any) -> None
         if isolated
         else "one trust domain: requests with equal extra_key and cache_salt share donors"
     )
-    served = "only requests that name a policy relay" if chosen.policy is None else f"policy {relay.default_tier}"
-    level = logging.INFO if chosen.policy is not None and not chosen.why.startswith("NO") else logging.WARNING
-    logger.log(level, "relay: on (%s); %s: %s; %d hooks in force", domain, served, chosen.why, len(hooks))
+    level = logging.INFO if chosen.assured else logging.WARNING
+    tier, why = relay.default_tier, chosen.why
+    logger.log(level, "relay: on (%s); policy %s: %s; %d hooks in force", domain, tier, why, len(hooks))
 
 
 def _state(relay: Any, hooks: list[Any], isolated: bool, settings: dict[str, Any]) -> dict[str, Any]:

@@ -95,7 +95,7 @@ class Selection:
         if spans:
             index = layout.tensor(np.searchsorted(rows, layout.rows_of(spans)))
             heads, donors = self._tools.runner.token_to_kv_pool.head_num, layout.donor_slots(spans)
-            self._backend.deviation = DeviationProbe(self._policy.whole - 1, heads, index, donors)
+            self._backend.deviation = DeviationProbe(self._policy.detect, heads, index, donors)
 
     def measure_attention(self, probing: ProbePass) -> None:
         """Of the queries of ``probing`` to the reused tokens, in all layers."""

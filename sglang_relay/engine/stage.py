@@ -10,7 +10,7 @@ parallelism may still owe. The price: models without the method are served stock
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import torch
@@ -28,6 +28,9 @@ from sglang_relay.engine.layout import Rows
 
 if TYPE_CHECKING:
     from sglang.srt.model_executor.forward_batch_info import ForwardBatch
+
+State: TypeAlias = "tuple[torch.Tensor, torch.Tensor | None]"
+"""Hidden states and residual of a stage's rows between two layers."""
 
 
 class Stage:
@@ -89,7 +92,7 @@ class Stage:
                 changes[name] = torch.full_like(tensor, len(self.rows))
         return replace(full, **changes)
 
-    def export(self) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def export(self) -> State:
         """The rows' hidden states and residual (sglang/srt/layers/layer_boundary/residual/stream.py), once. A
         collective where an all-reduce is still owed. Raises NotImplementedError, on every rank, for a stream whose
         pending update is no plain addition."""
@@ -112,7 +115,7 @@ class Stage:
     def join(
         self,
         rows: np.ndarray,
-        state: tuple[torch.Tensor, torch.Tensor | None],
+        state: State,
         others: np.ndarray,
         entering: torch.Tensor,
     ) -> None:

@@ -23,9 +23,6 @@ logger = logging.getLogger(__name__)
 FORCED = 32
 """Most tokens of the exact greedy continuation that a chain carries."""
 
-WRITING = 3600.0
-"""Seconds until several agents must have written theirs: one slow core decodes a dozen tokens per second."""
-
 _MARK = "\ue000{}\ue001"
 """Stands for an agent's text while the chat template is applied; private-use characters are in no template."""
 
@@ -203,7 +200,7 @@ class _Writer:
             self.progress(f"decoding {kind} texts: {done} of {len(missing)}")
             sampled = {"temperature": 0, "custom_params": {"relay": "off"}, **sampling}
             request = {"input_ids": [prompts[i] for i in batch], "sampling_params": sampled}
-            answers = self.server.post("/generate", request, timeout=WRITING)
+            answers = self.server.post("/generate", request)
             for i, answer in zip(batch, answers, strict=True):
                 write_atomically(files[i], json.dumps(_output(answer, keep_stop)))
         return [json.loads(file.read_text(encoding="utf-8")) for file in files]

@@ -12,16 +12,22 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import requests
 import torch
+
+from sglang_relay.measure import vital
+from sglang_relay.measure.vital import START_LIMIT_S
 
 LOG_TAIL = 4000
 """Characters of the log that a failed start shows."""
 
 PROGRESS_S = 5.0
 """Seconds between two calls of ``progress`` while a server starts."""
+
+LOOK_S = 1.0
+"""Seconds between two looks for a sign of life."""
 
 
 class ServerError(RuntimeError):
@@ -38,16 +44,21 @@ class Server:
         args: further command line flags, e.g. ``"--page-size", 16``. They come last and so win over those set here.
         env: environment variables on top of the caller's; None as a value removes a variable.
         log_path: the server's log; by default a new file in the temporary directory, removed unless the start failed.
-        timeout: seconds until the server must answer ``/health``.
-        progress: called every few seconds until then, with the seconds that passed and the log's last line.
+        start_limit: seconds for which a start may show no sign of life (`vital.alive`) before it is given up.
+        progress: called every few seconds until the server answers, with the seconds that passed and the log's last
+            line.
 
     Raises:
-        ServerError: on entering the context, when the server ends before it answers or does not answer in time.
+        ServerError: on entering the context, when the server ends before it answers, or stands still.
 
     Example:
         >>> with Server(model, "--page-size", 16) as server:
         ...     server.generate([5, 6, 7], max_new_tokens=4)["output_ids"]
     """
+
+    answer_limit: ClassVar[float | None] = None
+    """Seconds that an answer may take; None: as long as the server lives. How long one takes depends on the model and
+    the machine, and a server whose forward hangs ends itself (SGLang's ``--watchdog-timeout``)."""
 
     def __init__(
         self,
@@ -55,12 +66,12 @@ class Server:
         *args: object,
         env: Mapping[str, str | None] | None = None,
         log_path: str | Path | None = None,
-        timeout: float = 180.0,
+        start_limit: float = START_LIMIT_S,
         progress: Callable[[float, str], object] | None = None,
     ) -> None:
         self.port = _free_port()
         self.url = f"http://127.0.0.1:{self.port}"
-        self._timeout = timeout
+        self._start_limit = start_limit
         self._progress = progress
         self._keep_log = log_path is not None
         self.log_path = Path(log_path) if log_path is not None else _new_log()
@@ -124,13 +135,16 @@ class Server:
         """Everything the server has written so far."""
         return self.log_path.read_text(encoding="utf-8", errors="replace")
 
-    def post(self, path: str, json: Any = None, *, timeout: float = 300.0) -> Any:
-        """POST `json` and return the decoded answer (text if it is no JSON); HTTP errors raise with the body."""
-        return _body(self._http.post(self.url + path, json=json, timeout=timeout))
+    def post(self, path: str, json: Any = None, *, timeout: float | None = None) -> Any:
+        """POST `json` and return the decoded answer (text if it is no JSON); HTTP errors raise with the body.
 
-    def get(self, path: str, *, timeout: float = 60.0) -> Any:
+        timeout: seconds, instead of `answer_limit`.
+        """
+        return _body(self._http.post(self.url + path, json=json, timeout=timeout or self.answer_limit))
+
+    def get(self, path: str, *, timeout: float | None = None) -> Any:
         """GET, as `post`."""
-        return _body(self._http.get(self.url + path, timeout=timeout))
+        return _body(self._http.get(self.url + path, timeout=timeout or self.answer_limit))
 
     def generate(self, prompt: str | list[Any], *, fields: Mapping[str, Any] | None = None, **sampling: Any) -> Any:
         """``/generate`` for a text, a list of texts, token ids or a list of them; greedy unless `sampling` says else.
@@ -163,18 +177,29 @@ class Server:
 
     def _await_ready(self) -> None:
         assert self._process is not None
-        started = told = time.monotonic()
-        while (now := time.monotonic()) - started < self._timeout:
+        started = told = lived = time.monotonic()
+        signs = vital.signs(self._process.pid, self.log_path)
+        looked = started
+        while True:
             if self._process.poll() is not None:
                 raise ServerError(f"the server ended with status {self._process.returncode}; {self._tail()}")
             with contextlib.suppress(requests.RequestException):
                 if self._http.get(self.url + "/health", timeout=5).status_code == 200:
                     return
+            now = time.monotonic()
+            if now - looked >= LOOK_S:
+                before, signs = signs, vital.signs(self._process.pid, self.log_path)
+                lived = now if vital.alive(before, signs, now - looked) else lived
+                looked = now
+            if now - lived >= self._start_limit:
+                raise ServerError(
+                    f"the server does not answer after {now - started:.0f} s, and for {now - lived:.0f} s it has "
+                    f"neither worked nor said anything (start limit: {self._start_limit:g} s); {self._tail()}"
+                )
             if self._progress is not None and now - told >= PROGRESS_S:
                 told = now
                 self._progress(now - started, self._last_line())
             time.sleep(0.1)
-        raise ServerError(f"the server does not answer after {self._timeout:.0f} s; {self._tail()}")
 
     def _tail(self) -> str:
         return f"the end of its log, {self.log_path}:\n{self.log()[-LOG_TAIL:]}\nIt was started with: {self.command}"

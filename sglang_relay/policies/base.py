@@ -57,10 +57,10 @@ class Policy(ABC):
 
     Layers ``[enters, whole)`` run over every reused token, layers ``[whole, until)`` over the selected ones, the rest
     over fresh tokens only; ``0 <= enters <= whole <= until <= num_layers``. ``signal`` is what is measured before the
-    selection: ``deviation`` at layer ``whole - 1``, or ``probe``, a pass of the prompt's last fresh tokens through all
+    selection: ``deviation`` at layer ``detect``, or ``probe``, a pass of the prompt's last fresh tokens through all
     layers over the donors' KV, behind which the selected tokens start from their embeddings. With ``none`` the
     selection is known beforehand, and ``whole`` is 0 or the number of layers. The work of a token that is not selected
-    ends with layer ``whole - 1``.
+    ends with layer ``whole - 1``, or, with ``looks_ahead``, with K and V of layer ``whole``.
     """
 
     name: ClassVar[str]
@@ -73,6 +73,8 @@ class Policy(ABC):
     """Whether what the answer quotes of a reused segment is recomputed while it decodes (quotes.py)."""
     reads_influence: ClassVar[bool] = False
     """Whether it selects by decode influence, too, where that is collected."""
+    looks_ahead: ClassVar[bool] = False
+    """Whether ``deviation`` is measured at layer ``whole``, of which K and V are made of every reused token first."""
     default_budget: Budget | None = None
     """What a request gets that names none; a server's certificate may say otherwise."""
     start: int | None = None
@@ -89,6 +91,11 @@ class Policy(ABC):
     def exact(self) -> bool:
         """Whether the repaired KV equals full prefill up to rounding."""
         return self.whole == self.num_layers
+
+    @property
+    def detect(self) -> int:
+        """The layer at which ``deviation`` is measured: the last that runs over every reused token, or the next."""
+        return self.whole if self.looks_ahead else self.whole - 1
 
     @property
     def probes(self) -> bool:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Sequence
 from datetime import date
 from pathlib import Path
@@ -13,15 +12,13 @@ from typing import Any
 
 import numpy as np
 
-from sglang_relay.identity import checkpoint_folder
 from sglang_relay.measure.chains import Chain, Decoding, build_chains
-from sglang_relay.measure.private import POOL, served_identity
+from sglang_relay.measure.private import POOL, checkpoint, served_identity, starting
 from sglang_relay.measure.server import Server
 from sglang_relay.measure.tasks import Agent, Task, load_tasks
+from sglang_relay.measure.vital import START_LIMIT_S
 from sglang_relay.profile.deviation import deviation
 from sglang_relay.profile.file import Profile, ProfileError, make_profile
-
-_FILE_S = 60.0
 
 
 def profile(
@@ -30,6 +27,7 @@ def profile(
     data: Path | None = None,
     cases: int | None = None,
     server_args: Sequence[str] = (),
+    start_limit: float = START_LIMIT_S,
     progress: Callable[[str], object] = lambda _: None,
 ) -> Profile:
     """Profile ``model``, a checkpoint folder or the name of one in the local Hugging Face cache.
@@ -39,14 +37,17 @@ def profile(
     the agent's prompt and output, whose values equal the decoded ones up to rounding.
 
     data: see `read_tasks`; the calibration tasks of this project by default. cases: only the first so many tasks.
-    server_args: flags of the private server, e.g. its ``--dtype``.
+    server_args: flags of the private server, e.g. its ``--dtype``. start_limit: as in `Server`.
     Raises ProfileError, IdentityError, `measure.server.ServerError`.
     """
-    folder = checkpoint_folder(model)
+    if cases is not None and cases < 1:
+        raise ProfileError(f"cases: {cases}, allowed is a number from 1")
+    folder = checkpoint(model)
     tasks = (load_tasks("calibration") if data is None else read_tasks(data))[:cases]
     with tempfile.TemporaryDirectory(prefix="relay-capture-") as captured:
         flags = ["--radix-cache-backend", "relay", "--max-total-tokens", POOL, *server_args]
-        with Server(folder, *flags, env={"RELAY_CAPTURE_DIR": captured}) as server:
+        env = {"RELAY_CAPTURE_DIR": captured}
+        with Server(folder, *flags, env=env, start_limit=start_limit, progress=starting(progress)) as server:
             identity = served_identity(server, folder)
             chains = build_chains(server, folder, tasks, Decoding(), dtype=identity.dtype, progress=progress)
             fields: list[np.ndarray] = []
@@ -110,12 +111,11 @@ def _values(server: Server, tokens: list[int], captured: Path) -> np.ndarray:
     file = captured / "values.npz"
     file.unlink(missing_ok=True)
     server.generate(tokens, max_new_tokens=1, custom_params={"relay": "off", "relay_capture": file.stem})
-    deadline = time.monotonic() + _FILE_S
-    while not file.exists():
-        if time.monotonic() > deadline:
-            print(server.log()[-2000:], file=sys.stderr)
-            raise ProfileError("the server wrote no values; the end of its log stands above")
-        time.sleep(0.02)
+    if not file.exists():
+        server.get("/server_info")  # its scheduler answers when it is done with the request, the file included
+    if not file.exists():
+        print(server.log()[-2000:], file=sys.stderr)
+        raise ProfileError("the server wrote no values; the end of its log stands above")
     with np.load(file) as arrays:
         if arrays["tokens"].tolist() != tokens:
             raise ProfileError("the values captured are those of other tokens")

@@ -76,7 +76,7 @@ class TorchCpuAttnBackend(TorchNativeAttnBackend):
             else:
                 mask = _mask(plan, query.dtype)
                 sdpa.extend(query[start:stop], key, value, layer.scaling, mask, out[start:stop])
-        return out.view(out.shape[0], -1)
+        return out.flatten(1)
 
     def _covers(self, q: torch.Tensor, layer: RadixAttention, forward_batch: ForwardBatch) -> bool:
         window = layer.sliding_window_size

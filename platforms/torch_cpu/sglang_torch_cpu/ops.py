@@ -81,9 +81,13 @@ def rotate_pair(
     ):
         heads = (width + key.shape[1]) // head_dim
         both = query.as_strided((tokens, heads, head_dim), (query.stride(0), head_dim, 1))
-        out = rotate(both, cos, sin, neox=neox).view(tokens, -1)
+        out = rotate(both, cos, sin, neox=neox).view(tokens, heads * head_dim)
         return out[:, :width], out[:, width:]
-    q, k = (rotate(x.reshape(tokens, -1, head_dim), cos, sin, neox=neox).view(x.shape) for x in (query, key))
+    # With the number of heads, and not -1: there may be no tokens.
+    apart = (x.reshape(tokens, x.shape[1:].numel() // head_dim, head_dim) for x in (query, key))
+    q, k = (
+        rotate(x, cos, sin, neox=neox).view(shape) for x, shape in zip(apart, (query.shape, key.shape), strict=True)
+    )
     return q, k
 
 

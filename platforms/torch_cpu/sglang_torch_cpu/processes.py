@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from sglang.srt.plugins.hook_registry import HookRegistry, HookSource, HookType
 
 logger = logging.getLogger(__name__)
 
@@ -53,6 +52,9 @@ def register_hooks() -> None:
 
     Called while the platform is activated, which SGLang does in the first imports of every process.
     """
+    # Not on top: SGLang, whose import activates the platform, would find this module half imported.
+    from sglang.srt.plugins.hook_registry import HookRegistry, HookSource, HookType
+
     source = HookSource("relay_cpu", "sglang-relay-torch-cpu")
     if multiprocessing.parent_process() is None:
         HookRegistry.register(_BEFORE_WORKERS, _use_start_method, HookType.AFTER, source=source)
