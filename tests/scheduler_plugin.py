@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
 import os
@@ -15,6 +16,7 @@ from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
 _FOLDER = Path(os.environ["RELAY_TEST_INSPECTOR"])
 _PEAK = {"running": 0, "rows": 0, "stage_rows": 0}
+_WATCHED: set[type] = set()
 _BROKEN: Counter[str] = Counter()
 """Invariants of the scheduler that a step has broken, and how often."""
 
@@ -27,6 +29,8 @@ def load() -> None:
     HookRegistry.register(f"{batch}.prepare_for_extend", watch_admission, HookType.BEFORE)
     runner = "sglang.srt.model_executor.model_runner.ModelRunner"
     HookRegistry.register(f"{runner}._forward_raw", watch_rows, HookType.BEFORE)
+    manager = "sglang.srt.managers.tokenizer_manager.TokenizerManager"
+    HookRegistry.register(f"{manager}.get_internal_state", in_front, HookType.BEFORE)
 
 
 def watch(scheduler: Any, *args: Any, **kwargs: Any) -> None:
@@ -72,6 +76,22 @@ def answer(result: Any, controller: Any, *args: Any, **kwargs: Any) -> None:
     asked.unlink()
     reply = QUESTIONS[question["question"]](controller.scheduler, **question["arguments"])
     (_FOLDER / "answer.json").write_text(json.dumps(reply), encoding="utf-8")
+
+
+def in_front(*args: Any, **kwargs: Any) -> None:
+    """Answer what is asked of the front end before it asks the scheduler."""
+    asked = _FOLDER / "question.json"
+    if asked.exists() and json.loads(asked.read_text(encoding="utf-8"))["question"] == "kept_reports":
+        asked.unlink()
+        (_FOLDER / "answer.json").write_text(json.dumps(kept_reports()), encoding="utf-8")
+
+
+def kept_reports() -> int:
+    """Reports that anything in this process holds."""
+    gc.unfreeze()  # SGLang hides what there is at start-up from the collector
+    gc.collect()
+    held = (v for holder in gc.get_objects() for v in gc.get_referents(holder))
+    return len({id(v) for v in held if type(v) is dict and "match_ms" in v})
 
 
 # ---------------------------------------------------------------------- questions
@@ -141,14 +161,15 @@ def widest(scheduler: Any) -> dict[str, int]:
     _PEAK["rows"] = _PEAK["stage_rows"] = 0
     from sglang_relay.engine.stage import Stage
 
-    if not hasattr(Stage, "watched"):
+    if Stage not in _WATCHED:
         original = Stage.__init__
 
         def counting(self: Any, model: Any, layout: Any, backend: Any, rows: Any, *args: Any, **kwargs: Any) -> None:
             _PEAK["stage_rows"] = max(_PEAK["stage_rows"], len(rows))
             original(self, model, layout, backend, rows, *args, **kwargs)
 
-        Stage.__init__, Stage.watched = counting, True
+        Stage.__init__ = counting
+        _WATCHED.add(Stage)
     return found
 
 

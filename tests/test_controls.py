@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import re
 import threading
 import time
@@ -16,18 +17,20 @@ import pytest
 import requests
 import torch
 from plugins import Inspector
+from sglang.srt.entrypoints.openai.protocol import CompletionResponse, UsageInfo
 from tiny_model import make_tiny_llama, random_text
 
 from sglang_relay.config import POLICIES
+from sglang_relay.engine import doctor, front_end
 from sglang_relay.identity import identify
 from sglang_relay.measure.server import Server
 from sglang_relay.profile.file import make_profile
 
-CHUNK = 128
+CHUNK = 256
 SEEDS = itertools.count(1000)
 """Every prompt has a head of its own, so that no test finds another's prefix."""
 COUNTS = {"exact", "approximate", "relayed", "recomputed", "fresh", "segments", "quoted"}
-KEYS = {*COUNTS, "policy", "depth", "declined", "match_ms", "cost"}
+KEYS = {*COUNTS, "policy", "depth", "declined", "why", "match_ms", "cost"}
 
 
 def tokens(n: int, seed: int) -> list[int]:
@@ -97,6 +100,7 @@ def check(report: dict[str, Any], prompt: int, cached: int | None = None) -> dic
     assert (report["segments"] > 0) == (reused(report) > 0)
     if cached is not None:
         assert report["exact"] + report["approximate"] >= cached
+    assert (report["why"] is not None) == (report["declined"] == "bad_custom_params")
     if reused(report) or report["approximate"]:
         assert report["declined"] is None and report["policy"] in POLICIES
     return report
@@ -273,6 +277,7 @@ BAD = [
     ({"relay_generated_from": "5"}, "relay_generated_from="),
     ({"relay_quote_tokens": -1}, "relay_quote_tokens=-1"),
     ({"relay_quote_tokens": 2.5}, "relay_quote_tokens=2.5"),
+    ({"relay_primes": "yes"}, "relay_primes='yes'"),
     ({"relay_scope": ""}, "relay_scope"),
     ({"relay_scope": 7}, "relay_scope"),
     ({"relay_scope": "x" * 257}, "relay_scope"),
@@ -288,6 +293,7 @@ def test_wrong_values_are_declined_by_name_and_served_exactly(
     answer = ask(server, prompt, 8, params, return_logprob=True)
     report = report_of(answer)
     assert report["declined"] == "bad_custom_params" and report["fresh"] == len(prompt)
+    assert said in report["why"]
     # Another salt, so that it computes the prompt as well.
     exact = ask(server, prompt, 8, {"relay": "off"}, return_logprob=True, cache_salt="another")
     assert exact["meta_info"]["cached_tokens"] == 0
@@ -295,10 +301,29 @@ def test_wrong_values_are_declined_by_name_and_served_exactly(
     assert answer["meta_info"]["output_token_logprobs"] == exact["meta_info"]["output_token_logprobs"]
 
 
-def test_a_wrong_value_is_explained_in_the_log(server: Server) -> None:
-    ask(server, tokens(5, 30), 1, {"relay_policy": "no-such-policy"})
+def test_every_wrong_value_is_explained_in_the_log(server: Server) -> None:
+    for key in ("relay_policy", "relay_donate"):
+        for _ in range(2):
+            ask(server, tokens(5, 30), 1, {key: "no-such\nvalue"})
     explained = [line for line in server.log().splitlines() if "bad_custom_params" in line]
-    assert any("allowed" in line for line in explained)
+    for key in ("relay_policy", "relay_donate"):
+        (line,) = [line for line in explained if f"{key}='no-such\\nvalue'" in line]
+        assert "allowed are" in line
+
+
+@pytest.mark.parametrize("params", ["relay", ["relay"], [], "", 5, 0, False], ids=repr)
+def test_custom_params_that_are_no_object_are_declined_by_name(server: Server, donor: list[int], params: Any) -> None:
+    failures, prompt = stats(server)["failures"], prompt_with(donor)
+    report = report_of(ask(server, prompt, 1, params))
+    assert report["declined"] == "bad_custom_params" and report["fresh"] == len(prompt)
+    assert report["why"] == f"custom_params={params!r}: allowed is an object"
+    assert stats(server)["failures"] == failures
+
+
+def test_health_checks_are_not_counted(server: Server) -> None:
+    before, _ = stats(server), server.get("/health_generate")
+    after = stats(server)
+    assert (after["declined"], after["tokens"]) == (before["declined"], before["tokens"])
 
 
 def test_streamed_generate_reports_with_every_chunk(server: Server, donor: list[int]) -> None:
@@ -342,6 +367,70 @@ def test_declines_for_want_of_a_donor_are_counted(server: Server) -> None:
     before = stats(server)["declined"].get("nothing_to_reuse", 0)
     assert report_of(ask(server, fresh(90), 1))["declined"] == "nothing_to_reuse"
     assert stats(server)["declined"]["nothing_to_reuse"] == before + 1
+
+
+# ---------------------------------------------------------------------- requests that generate nothing
+
+
+def score(server: Server, query: list[int], items: list[list[int]]) -> list[list[float]]:
+    body = {"model": "tiny", "query": query, "items": items, "label_token_ids": [7, 8, 9]}
+    return server.post("/v1/score", body)["scores"]
+
+
+def test_scores_are_those_of_full_prefill(server: Server, donor: list[int]) -> None:
+    query, items = prompt_with(donor), [tokens(9, seed) for seed in (61, 62)]
+    before = stats(server)
+    scores = score(server, query, items)
+    after = stats(server)
+    assert after["declined"].get("scoring", 0) == before["declined"].get("scoring", 0) + 2
+    assert after["tokens"].get("reused", 0) == before["tokens"].get("reused", 0)
+    for item, got in zip(items, scores, strict=True):
+        exact = ask(
+            server,
+            [*query, *item],
+            0,
+            {"relay": "off"},
+            return_logprob=True,
+            token_ids_logprob=[7, 8, 9],
+            cache_salt="another",
+        )
+        want = [math.exp(value) for value, *_ in exact["meta_info"]["output_token_ids_logprobs"][0]]
+        assert got == pytest.approx(want, rel=1e-4)
+
+
+def test_what_generates_nothing_is_exact_and_donates(server: Server) -> None:
+    """The way to offer a document before anybody asks for it."""
+    document = fresh(110)
+    report = report_of(ask(server, document, 0, {"relay_donate": "all"}))
+    assert report["declined"] == "prefill_only" and report["fresh"] == len(document)
+    assert reused(report_of(ask(server, prompt_with(document), 1))) == len(document)
+    # It is in the exact namespace, where requests that refuse relay find it.
+    assert ask(server, [*document, 5], 1, {"relay": "off"})["meta_info"]["cached_tokens"] == len(document)
+
+
+def test_what_generates_nothing_is_never_relayed(server: Server, donor: list[int]) -> None:
+    prompt = prompt_with(donor)
+    report = report_of(ask(server, prompt, 0, return_logprob=True))
+    assert report["declined"] == "prefill_only" and report["fresh"] == len(prompt)
+
+
+@pytest.mark.parametrize("fields", [{}, {"return_logprob": True}, {"return_logprob": True, "token_ids_logprob": [7]}])
+def test_samples_of_one_prompt_share_what_was_relayed(server: Server, donor: list[int], fields: dict[str, Any]) -> None:
+    """SGLang computes the prompt by a request that generates nothing, whose KV the samples then find."""
+    prompt = prompt_with(donor)
+    sampling = {"temperature": 1, "max_new_tokens": 4, "n": 2, "custom_params": {"relay_policy": "rotate"}}
+    answers = server.post("/generate", {"input_ids": prompt, "sampling_params": sampling, **fields})
+    for answer in answers:
+        report = report_of(answer)
+        assert (report["exact"], report["depth"]) == (len(prompt) - 1, 1), report
+
+
+def test_a_client_may_prime_its_next_request(server: Server, donor: list[int]) -> None:
+    prompt = prompt_with(donor)
+    primed = report_of(ask(server, prompt, 0, {"relay_policy": "rotate", "relay_primes": True}))
+    assert primed["declined"] is None and reused(primed) == len(donor) - 1
+    report = report_of(ask(server, prompt, 4, {"relay_policy": "rotate"}))
+    assert (report["exact"], report["depth"]) == (len(prompt) - 1, 1)
 
 
 # ---------------------------------------------------------------------- OpenAI API
@@ -420,6 +509,49 @@ def test_several_choices_have_a_report_each(server: Server, document: str, strea
         assert report["approximate"] > 100 and report["depth"] == 1
 
 
+def several(donor: list[int], n: int, new: int = 8) -> dict[str, Any]:
+    """Body of a completion of three prompts; the second holds no donor."""
+    prompts = [prompt_with(donor), fresh(70), prompt_with(donor, head=50)]
+    sampling = {"temperature": 1, "max_tokens": new, "n": n, "ignore_eos": True}
+    return {"model": "tiny", "prompt": prompts, **sampling, "custom_params": {"relay_policy": "rotate"}}
+
+
+@pytest.mark.parametrize("n", [1, 2])
+def test_several_prompts_have_a_report_per_choice(server: Server, donor: list[int], n: int) -> None:
+    first: dict[int, dict[str, Any]] = {}
+    for chunk in events(server, "/v1/completions", body := several(donor, n)):
+        for choice in chunk["choices"]:
+            report = (chunk.get("sglext") or {}).get("relay")
+            assert (report is not None) == (choice["index"] not in first), "in each choice's first chunk, in no other"
+            if report is not None:
+                first[choice["index"]] = check(report, len(body["prompt"][choice["index"] // n]))
+    assert sorted(first) == list(range(3 * n))
+    assert [first[index]["depth"] for index in sorted(first)] == [1] * n + [0] * n + [1] * n
+
+
+def test_nothing_is_kept_of_streams_that_have_ended(server: Server, inspector: Inspector, donor: list[int]) -> None:
+    ask(server, fresh(40), 1)
+    before = inspector.ask(server, "kept_reports")  # the HTTP server may hold on to its last answer
+    events(server, "/v1/completions", several(donor, 1))
+    body = {**several(donor, 2, 3000), "stream": True}
+    with requests.post(server.url + "/v1/completions", json=body, stream=True, timeout=300) as response:
+        next(response.iter_lines())  # one chunk of six choices, then the client is gone
+    wait_until(lambda: inspector.ask(server, "pool")["running"] == 0)
+    ask(server, fresh(40), 1)
+    wait_until(lambda: inspector.ask(server, "kept_reports") <= before, tries=5)
+
+
+def test_a_response_is_extended_by_the_same_models_every_time() -> None:
+    """To make one takes a millisecond of the event loop that serves everybody."""
+    made = []
+    for _ in range(2):
+        plain = CompletionResponse(id="1", model="tiny", choices=[], usage=UsageInfo())
+        ret = [{"meta_info": {"relay": {"declined": None}}}]
+        made.append(front_end.response(plain, None, None, ret))
+    assert type(made[0]) is type(made[1]) is not CompletionResponse
+    assert made[1].model_dump()["sglext"]["relay"] == {"declined": None}
+
+
 def test_streamed_chunks_stay_what_openai_clients_expect(server: Server, document: str) -> None:
     path, body = chat(document, {"relay_policy": "rotate"})
     chunks = events(server, path, body)
@@ -483,6 +615,15 @@ def test_server_info(server: Server, donor: list[int]) -> None:
     assert shown["index"]["donors"] > 0 and 0 < shown["index"]["bytes"] <= shown["config"]["index_bytes"]
     assert shown["stats"]["failures"] == shown["stats"]["fallbacks"] == 0
     assert "hooks in force" in server.log()
+    assert len(shown["front_end"]) == 7 and all(shown["front_end"].values())
+    assert all(finding.ok for finding in doctor.server(server.get("/server_info")))
+
+
+def test_a_front_end_without_the_plugin_is_found(server: Server) -> None:
+    info = server.get("/server_info")
+    for shown in info["internal_states"]:
+        del shown["relay"]["front_end"]
+    assert [finding.what for finding in doctor.server(info) if not finding.ok] == ["front end"]
 
 
 @pytest.mark.parametrize("policy", ["rotate", "probe", "full"])
@@ -599,8 +740,8 @@ def test_abort_while_waiting(server: Server, inspector: Inspector, donor: list[i
     wait_until(lambda: inspector.ask(server, "pool")["running"] == 0)
 
 
-def wait_until(holds: Any) -> None:
-    for _ in range(300):
+def wait_until(holds: Any, tries: int = 300) -> None:
+    for _ in range(tries):
         if holds():
             return
         time.sleep(0.1)

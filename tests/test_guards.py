@@ -359,6 +359,8 @@ def test_an_embedding_server(model: Path) -> None:
         ("unified_memory", "enable_unified_memory", True),
         ("kv_canary", "kv_canary", "log"),
         ("session_radix_cache", "enable_session_radix_cache", True),
+        ("grpc_front_end", "smg_grpc_mode", True),
+        ("grpc_front_end", "grpc_mode", True),
     ],
 )
 def test_deployments_that_cannot_start_here_are_named(model: Path, reason: str, field: str, value: object) -> None:
@@ -368,6 +370,12 @@ def test_deployments_that_cannot_start_here_are_named(model: Path, reason: str, 
     assert not any(hit for _, hit in guards._deployment(args))
     setattr(args, field, value)
     assert [name for name, hit in guards._deployment(args) if hit] == [reason]
+
+
+def test_a_front_end_in_rust_is_named(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    args = ServerArgs(**{"model_path": str(model)})
+    monkeypatch.setenv("SGLANG_RUST_SERVER", "1")
+    assert [name for name, hit in guards._deployment(args) if hit] == ["rust_front_end"]
 
 
 @pytest.mark.parametrize(

@@ -87,7 +87,8 @@ def count_chunk(req: Req, state: RelayRequest, plan: RelayPlan | None, policy: P
     state.reached = end
     if report["relayed"] + report["recomputed"]:
         if plan is not None or state.pending is None or end < prompt:
-            report["declined"] = None  # else the repair that earlier chunks left to this one did not happen
+            # Else the repair that earlier chunks left to this one did not happen.
+            report["declined"] = report["why"] = None
     elif state.relays and report["declined"] is None and end >= prompt and not report["approximate"]:
         report["declined"] = state.shortfall or "nothing_to_reuse"
 

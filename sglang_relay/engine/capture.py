@@ -30,9 +30,9 @@ CAPTURE_ENV = "RELAY_CAPTURE_DIR"
 _NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
 
-def capture_name(params: Mapping[str, Any] | None) -> str | None:
+def capture_name(params: Any) -> str | None:
     """The name under which a request wants its values written. Raises Decline("bad_custom_params")."""
-    name = (params or {}).get("relay_capture")
+    name = params.get("relay_capture") if isinstance(params, Mapping) else None
     if name is not None and not (isinstance(name, str) and _NAME.fullmatch(name)):
         raise Decline("bad_custom_params", f"relay_capture={name!r}: allowed is a text that matches {_NAME.pattern}")
     return name

@@ -20,8 +20,10 @@ _PARAMETERS = {
     "sglang.srt.models.llama.LlamaForCausalLM.forward_split_prefill": ["self", "input_ids", "positions"],
     "sglang.srt.mem_cache.unified_radix_cache.UnifiedRadixCache.checkpoint_into_tree": ["self", "req"],
     "sglang.srt.mem_cache.unified_radix_cache.UnifiedRadixCache.path_device_indices": ["self", "node"],
-    "sglang.srt.managers.tokenizer_manager.TokenizerManager._wait_one_response": ["self", "obj"],
     "sglang.srt.server_args.ServerArgs.check_server_args": ["self"],
+    "sglang.srt.managers.tokenizer_manager.TokenizerManager.generate_request": ["self", "obj"],
+    "sglang.srt.managers.tokenizer_manager.TokenizerManager._send_one_request": ["self", "tokenized_obj"],
+    "sglang.srt.managers.multi_tokenizer_mixin.write_data_for_multi_tokenizer": ["port_args", "server_args"],
 }
 """SGLang's functions that the relay builds on, and the first parameters it relies on."""
 
@@ -65,6 +67,7 @@ def server(info: dict[str, Any]) -> Iterator[Finding]:
         yield Finding(state["active"], f"relay, scheduler {rank}", f"active={state['active']}, reasons: {reasons}")
         absent = [name for name, present in state["hooks"].items() if not present]
         yield Finding(not absent, "hooks", f"{len(state['hooks'])} in force" if not absent else ", ".join(absent))
+        yield _front_end(state.get("front_end", {}))
         settings = ", ".join(f"{k}={v}" for k, v in state["config"].items())
         yield Finding(True, "settings", f"{settings}; layers {state['layer_range']}")
         index = state["index"]
@@ -74,3 +77,11 @@ def server(info: dict[str, Any]) -> Iterator[Finding]:
         yield Finding(True, "declined", ", ".join(f"{k} {v}" for k, v in stats["declined"].items()) or "none")
         healthy = not stats["failures"] and not stats["fallbacks"]
         yield Finding(healthy, "host failures", f"{stats['failures']}, stock fall-backs {stats['fallbacks']}")
+
+
+def _front_end(hooks: dict[str, bool]) -> Finding:
+    """The process that answered says so itself: only there can it be known."""
+    absent = [name for name, present in hooks.items() if not present]
+    if not hooks:
+        return Finding(False, "front end", "the plugin is not loaded in the process that answers: it brings no reports")
+    return Finding(not absent, "front end", f"{len(hooks)} hooks in force" if not absent else ", ".join(absent))

@@ -45,8 +45,7 @@ def relay_forward(
         step = "place"
         staged.place()
     except Decline as decline:
-        reason = decline.reason
-        relay.log_once(reason, str(decline))
+        reason, planned.why = decline.reason, decline.detail
     except Exception as error:
         reason = relay.failure(step, error)
     placed = time.perf_counter()
@@ -55,8 +54,7 @@ def relay_forward(
             with torch.no_grad(), without_adapters(runner, batch):
                 logits, work = staged.run()
         except Decline as decline:
-            reason = decline.reason
-            relay.log_once(reason, str(decline))
+            reason, planned.why = decline.reason, decline.detail
         except Exception as error:
             reason = relay.failure("forward", error)
         else:

@@ -1,116 +1,181 @@
-"""The front-end process (tokenizer manager, HTTP server): brings each request's report to its answer.
+"""The front-end processes (tokenizer manager, HTTP server): bring each request's report to its answer.
 
 ``/generate``: ``meta_info["relay"]``. OpenAI API: ``sglext.relay``, in the response or in a stream's first chunk (one
 report per choice); ``choices[].meta_info["relay"]`` too where ``return_meta_info`` asks for it.
+
+A server has one front end, in its launcher, or several (``--tokenizer-worker-num``), each a process of its own.
 """
 
 from __future__ import annotations
 
+import copy
+import functools
 import json
-from collections import OrderedDict
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
 from typing import Any
 
+from sglang.srt.plugins import load_plugins
 from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
 from sglang_relay.engine.report import REPORT_KEY
+from sglang_relay.engine.requests import PRIMES
 
 _MANAGER = "sglang.srt.managers.tokenizer_manager.TokenizerManager"
+_TO_WORKERS = "sglang.srt.managers.multi_tokenizer_mixin.write_data_for_multi_tokenizer"
 _OPENAI = "sglang.srt.entrypoints.openai"
 _DATA = "data: "
-_KEPT = 4096
-"""Reports kept for streams that have not sent their first chunk yet."""
+_STREAM = "_relay_stream"
+"""Attribute of a streamed request: its ``_Stream``, which goes when the request goes."""
 
 
 def register(backends: tuple[str, ...]) -> None:
-    """Register the one hook that runs in every front end: at start-up, to see whether the relay is selected."""
+    """Register the hooks that run in every front end and its launcher, to see whether the relay is selected."""
 
     def started(result: Any, manager: Any, *args: Any, **kwargs: Any) -> None:
         if manager.server_args.radix_cache_backend in backends:
             install()
 
+    def workers(port_args: Any, server_args: Any, *args: Any, **kwargs: Any) -> Any:
+        if server_args.radix_cache_backend not in backends:
+            return None
+        port_args = copy.copy(port_args)
+        port_args.relay_plugins = _LoadedOnArrival()
+        return (port_args, server_args, *args), kwargs
+
     HookRegistry.register(f"{_MANAGER}.__init__", started, HookType.AFTER)
+    HookRegistry.register(_TO_WORKERS, workers, HookType.BEFORE)
+
+
+class _LoadedOnArrival:
+    """SGLang loads no plugins in the processes of ``--tokenizer-worker-num``, its own HTTP workers and engines that
+    attach themselves. All of them begin with unpickling the launcher's arguments: this, among them, becomes the call.
+    """
+
+    def __reduce__(self) -> tuple[Callable[[], None], tuple[()]]:
+        return load_plugins, ()
 
 
 def install() -> None:
     """Apply the hooks of a front end whose scheduler relays."""
     from sglang_relay.engine.hooks import Hook, install, missing
 
-    front = FrontEnd()
     chat, completion = f"{_OPENAI}.serving_chat.OpenAIServingChat", f"{_OPENAI}.serving_completions"
     completion += ".OpenAIServingCompletion"
-    hooks = [
-        Hook(f"{_MANAGER}._wait_one_response", HookType.AROUND, front.answers),
-        Hook(f"{chat}._generate_chat_stream", HookType.AROUND, front.stream),
-        Hook(f"{chat}._build_chat_response", HookType.AFTER, front.response),
-        Hook(f"{completion}._generate_completion_stream", HookType.AROUND, front.stream),
-        Hook(f"{completion}._build_completion_response", HookType.AFTER, front.response),
+    hooks: list[Hook] = []
+
+    async def internal_state(
+        original: Callable[..., Awaitable[list[dict[str, Any]]]], *args: Any, **kwargs: Any
+    ) -> Any:
+        """``/server_info`` shows the hooks of the front end that answers: nobody else can tell that it has them."""
+        states, absent = await original(*args, **kwargs), missing(hooks)
+        for state in states:
+            if REPORT_KEY in state:
+                state[REPORT_KEY]["front_end"] = {h.target: h.target not in absent for h in hooks}
+        return states
+
+    hooks += [
+        Hook(f"{_MANAGER}.generate_request", HookType.AROUND, answers),
+        Hook(f"{_MANAGER}._send_one_request", HookType.AROUND, send),
+        Hook(f"{_MANAGER}.get_internal_state", HookType.AROUND, internal_state),
+        Hook(f"{chat}._generate_chat_stream", HookType.AROUND, stream),
+        Hook(f"{chat}._build_chat_response", HookType.AFTER, response),
+        Hook(f"{completion}._generate_completion_stream", HookType.AROUND, stream),
+        Hook(f"{completion}._build_completion_response", HookType.AFTER, response),
     ]
     install(hooks)
     if absent := missing(hooks):
         raise RuntimeError(f"relay: hooks not applied in the front end: {', '.join(absent)}")
 
 
-class FrontEnd:
-    """Hooks of one front-end process."""
+# ---------------------------------------------------------------------- requests
+
+
+def send(original: Callable[..., Awaitable[None]], manager: Any, tokenized: Any, *args: Any, **kwargs: Any) -> Any:
+    """A request on its way to the scheduler. Of a prompt that is sampled several times SGLang computes the KV first, by
+    a request without an answer (managers/tokenizer_manager.py, ``_handle_batch_request``). It is marked: such requests
+    of clients score, and are not relayed."""
+    sampling = tokenized.sampling_params
+    if sampling.max_new_tokens == 0:
+        asked = manager.rid_to_state[tokenized.rid].obj.sampling_params or {}
+        params = sampling.custom_params
+        if asked.get("max_new_tokens") != 0 and (params is None or isinstance(params, dict)):
+            tokenized.sampling_params = sampling = copy.copy(sampling)
+            sampling.custom_params = {**(params or {}), PRIMES: True}
+    return original(manager, tokenized, *args, **kwargs)
+
+
+# ---------------------------------------------------------------------- answers
+
+
+async def answers(
+    original: Callable[..., AsyncGenerator[Any]], manager: Any, obj: Any, *args: Any, **kwargs: Any
+) -> AsyncGenerator[Any]:
+    """Every answer of a request, which may hold several prompts, on its way to the client. SGLang collects what is said
+    once per request in a list and repeats or slices it from chunk to chunk (managers/tokenizer_manager.py); the report
+    is the one dict in it."""
+    waiting: _Stream | None = getattr(obj, _STREAM, None)
+    async with aclosing(original(manager, obj, *args, **kwargs)) as outs:
+        async for out in outs:
+            for one in out if isinstance(out, list) else [out]:
+                meta_info = one.get("meta_info") or {}
+                _unwrap(meta_info)
+                if waiting is not None:
+                    waiting.note(meta_info)
+            yield out
+
+
+def _unwrap(meta_info: dict[str, Any]) -> None:
+    value = meta_info.get(REPORT_KEY)
+    if not isinstance(value, list):
+        return
+    meta_info.pop(REPORT_KEY)
+    if value:
+        meta_info[REPORT_KEY] = _counted(value[0], meta_info)
+
+
+class _Stream:
+    """The reports of one stream that no chunk has carried yet, by answer."""
 
     def __init__(self) -> None:
-        self._reports: OrderedDict[str, dict[str, Any]] = OrderedDict()
+        self._reports: dict[str, dict[str, Any]] = {}
+        self._noted: set[str] = set()
 
-    def answers(
-        self, original: Callable[..., AsyncGenerator[Any]], manager: Any, *args: Any, **kwargs: Any
-    ) -> AsyncGenerator[Any]:
-        """Every answer of one request on its way to the client. SGLang collects request-level values in a list and
-        repeats or slices it from chunk to chunk (managers/tokenizer_manager.py); the report is the one dict in it.
+    def note(self, meta_info: dict[str, Any]) -> None:
+        if REPORT_KEY in meta_info and meta_info["id"] not in self._noted:
+            self._noted.add(meta_info["id"])
+            self._reports[meta_info["id"]] = meta_info[REPORT_KEY]
 
-        ``original`` is called at once: it looks the request up before the caller advances any answer."""
-        return self._unwrapped(original(manager, *args, **kwargs))
-
-    async def _unwrapped(self, answers: AsyncGenerator[Any]) -> AsyncGenerator[Any]:
-        async with aclosing(answers):
-            async for out in answers:
-                self._unwrap(out.get("meta_info") or {})
-                yield out
-
-    def _unwrap(self, meta_info: dict[str, Any]) -> None:
-        value = meta_info.get(REPORT_KEY)
-        if not isinstance(value, list):
-            return
-        meta_info.pop(REPORT_KEY)
-        if value:
-            meta_info[REPORT_KEY] = self._reports[meta_info["id"]] = _counted(value[0], meta_info)
-            while len(self._reports) > _KEPT:
-                self._reports.popitem(last=False)
-
-    def response(self, result: Any, serving: Any, request: Any, ret: Any, *args: Any, **kwargs: Any) -> Any:
-        """Add ``sglext.relay`` to a complete chat or text response (a pydantic model)."""
-        items = ret if isinstance(ret, list) else [ret]
-        reports = [item["meta_info"].get(REPORT_KEY) for item in items]
-        if not hasattr(result, "choices") or not any(reports):
-            return result
-        return _with_extension(result, reports)
-
-    async def stream(
-        self, original: Callable[..., AsyncGenerator[str]], serving: Any, *args: Any, **kwargs: Any
-    ) -> AsyncGenerator[str]:
-        """Add ``sglext.relay`` to the first chunk of every choice; all later chunks pass untouched."""
-        request = kwargs.get("request", args[1] if len(args) > 1 else None)
-        waiting = getattr(request, "n", 1) or 1
-        seen: set[str] = set()
-        async with aclosing(original(serving, *args, **kwargs)) as chunks:
-            async for chunk in chunks:
-                waits = len(seen) < waiting and chunk.startswith(_DATA + "{")
-                yield self._annotate(chunk, seen) if waits else chunk
-
-    def _annotate(self, chunk: str, seen: set[str]) -> str:
-        body = json.loads(chunk[len(_DATA) :])
-        rid = body.get("id")
-        if rid in seen or rid not in self._reports:
+    def annotate(self, chunk: str) -> str:
+        """``chunk`` with ``sglext.relay`` if it is the first of its answer."""
+        if not self._reports or not chunk.startswith(_DATA + "{"):
             return chunk
-        seen.add(rid)
-        body["sglext"] = {**(body.get("sglext") or {}), REPORT_KEY: self._reports.pop(rid)}
+        body = json.loads(chunk[len(_DATA) :])
+        report = self._reports.pop(body.get("id"), None)
+        if report is None:
+            return chunk
+        body["sglext"] = {**(body.get("sglext") or {}), REPORT_KEY: report}
         return f"{_DATA}{json.dumps(body, ensure_ascii=False)}\n\n"
+
+
+async def stream(
+    original: Callable[..., AsyncGenerator[str]], serving: Any, adapted_request: Any, *args: Any, **kwargs: Any
+) -> AsyncGenerator[str]:
+    """Add ``sglext.relay`` to the first chunk of every choice; all later chunks pass untouched."""
+    waiting = _Stream()
+    setattr(adapted_request, _STREAM, waiting)
+    async with aclosing(original(serving, adapted_request, *args, **kwargs)) as chunks:
+        async for chunk in chunks:
+            yield waiting.annotate(chunk)
+
+
+def response(result: Any, serving: Any, request: Any, ret: Any, *args: Any, **kwargs: Any) -> Any:
+    """Add ``sglext.relay`` to a complete chat or text response (a pydantic model)."""
+    items = ret if isinstance(ret, list) else [ret]
+    reports = [item["meta_info"].get(REPORT_KEY) for item in items]
+    if not hasattr(result, "choices") or not any(reports):
+        return result
+    return _with_extension(result, reports)
 
 
 def _counted(report: dict[str, Any], meta_info: dict[str, Any]) -> dict[str, Any]:
@@ -122,13 +187,21 @@ def _counted(report: dict[str, Any], meta_info: dict[str, Any]) -> dict[str, Any
 
 
 def _with_extension(response: Any, reports: list[Any]) -> Any:
-    """``response`` with ``sglext.relay``: the field is redeclared, as pydantic serialises fields by declared type."""
-    from pydantic import SerializeAsAny, create_model
-    from sglang.srt.entrypoints.openai.protocol import SglExt
-
-    extension: Any = create_model("RelaySglExt", __base__=SglExt, relay=(Any, None))
-    model = create_model(type(response).__name__, __base__=type(response), sglext=(SerializeAsAny[SglExt] | None, None))
+    """``response`` with ``sglext.relay``."""
+    extension, model = _extended(type(response))
     fields = {name: getattr(response, name) for name in type(response).model_fields}
     given = fields["sglext"].model_dump(exclude_none=True) if fields.get("sglext") is not None else {}
     fields["sglext"] = extension(**given, relay=reports[0] if len(reports) == 1 else reports)
     return model.model_construct(**fields)
+
+
+@functools.cache
+def _extended(response: type) -> tuple[Any, Any]:
+    """The models of an extended ``sglext`` and of ``response`` with it: pydantic serialises fields by declared type.
+    Made once: making them takes a millisecond of the event loop."""
+    from pydantic import SerializeAsAny, create_model
+    from sglang.srt.entrypoints.openai.protocol import SglExt
+
+    extension: Any = create_model("RelaySglExt", __base__=SglExt, relay=(Any, None))
+    model: Any = create_model(response.__name__, __base__=response, sglext=(SerializeAsAny[SglExt] | None, None))
+    return extension, model

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from typing import TYPE_CHECKING, Any
 
+from sglang.srt.environ import envs
 from sglang.srt.layers.radix_attention import AttentionType, RadixAttention
 from sglang.srt.layers.rotary_embedding.base import RotaryEmbedding
 from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
@@ -47,6 +48,9 @@ def _deployment(args: Any) -> list[tuple[str, bool]]:
         ("unified_memory", on("enable_unified_memory")),
         ("kv_canary", str(args.kv_canary) not in ("None", "none", "off", "False")),
         ("session_radix_cache", on("enable_session_radix_cache")),
+        # Front ends that are no Python, or another's: they know neither the report nor which requests prime.
+        ("rust_front_end", envs.SGLANG_RUST_SERVER.get()),
+        ("grpc_front_end", on("smg_grpc_mode") or on("grpc_mode")),
     ]
 
 
@@ -124,18 +128,29 @@ def find_rotary(model: nn.Module) -> RotaryEmbedding | None:
     return rotary
 
 
-def request_reason(req: Req, has_multimodal: bool) -> str | None:
-    """Why this request cannot relay (known when it is made), or None."""
+def request_reason(req: Req, has_multimodal: bool, *, primes: bool) -> str | None:
+    """Why this request cannot relay (known when it is made), or None.
+
+    One that generates nothing is there for what it says about its prompt (``/v1/score``, ``/v1/rerank``, logprobs of
+    given tokens), which is to be full prefill's word; or for KV that is donated. Unless it ``primes``.
+    """
+    prefill_only = req.sampling_params.max_new_tokens == 0 and not primes
     checks = (
         ("streaming_session", req.session is not None and req.session.streaming),
         ("multimodal_input", has_multimodal),
         ("input_embeddings", req.input_embeds is not None or req.positional_embed_overrides is not None),
         ("lora", req.lora_id is not None),
         ("routed_experts_requested", bool(req.return_routed_experts or req.return_indexer_topk)),
-        ("scoring", req.multi_item_delimiter_indices is not None or req.token_indices_to_pool is not None),
+        ("scoring", _reads_positions(req) or (prefill_only and bool(req.logprob.token_ids_logprob))),
+        ("prefill_only", prefill_only),
         ("cache_insert_disabled", bool(req.skip_radix_cache_insert)),
     )
     return next((name for name, hit in checks if hit), None)
+
+
+def _reads_positions(req: Req) -> bool:
+    """Whether scores are read at given positions of the prompt (several items, or anchors, in one sequence)."""
+    return req.multi_item_delimiter_indices is not None or req.token_indices_to_pool is not None
 
 
 def neighbour_reason(req: Req) -> str | None:
@@ -147,7 +162,7 @@ def neighbour_reason(req: Req) -> str | None:
         ("multimodal_in_batch", req.multimodal_inputs is not None),
         ("embeddings_in_batch", req.input_embeds is not None or req.positional_embed_overrides is not None),
         ("routed_experts_in_batch", bool(req.return_routed_experts or req.return_indexer_topk)),
-        ("scoring_in_batch", req.token_indices_to_pool is not None),
+        ("scoring_in_batch", _reads_positions(req)),
         ("beam_search_in_batch", req.beam_group is not None),
     )
     return next((name for name, hit in checks if hit), None)

@@ -7,6 +7,7 @@ import pkgutil
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+from sglang.srt.managers.utils import is_health_check_generate_req
 from sglang.srt.plugins.hook_registry import HookRegistry, HookSource, HookType
 
 from sglang_relay.engine.adder import adder_class
@@ -66,6 +67,8 @@ class SchedulerHooks:
     # ------------------------------------------------------------------ requests and reports
 
     def create_request(self, req: Any, scheduler: Any, received: Any, *args: Any, **kwargs: Any) -> None:
+        if is_health_check_generate_req(received):
+            return  # the server's own: no client reads its report, and it is none of the requests that are counted
         key, failed = req.extra_key, None
         try:
             self.relay.adopt(req, has_multimodal=received.mm_inputs is not None)

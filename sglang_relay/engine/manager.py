@@ -24,6 +24,7 @@ from sglang_relay.engine.donors import EXACT_PREFIX, Held
 from sglang_relay.engine.guards import batch_reason, neighbour_reason, request_reason
 from sglang_relay.engine.invariants import broken_invariant
 from sglang_relay.engine.learning import Learning
+from sglang_relay.engine.log import Log
 from sglang_relay.engine.matching import Matcher
 from sglang_relay.engine.namespaces import Namespaces, Tenant
 from sglang_relay.engine.planning import Planner
@@ -54,7 +55,7 @@ class BatchPlan:
     """A planned batch. ``plans[i].row`` indexes ``reqs``. Donor locks are held until they are released.
 
     audits: the plans whose relayed answer is compared with the exact one, which is then served.
-    fell_back: why the batch ran on the stock path after all, or None.
+    fell_back: why the batch ran on the stock path after all, or None; why: what more there is to say about it.
     """
 
     policy: Policy
@@ -63,6 +64,7 @@ class BatchPlan:
     held: list[Held]
     audits: list[int] = field(default_factory=list)
     fell_back: str | None = None
+    why: str | None = None
 
 
 class RelayManager:
@@ -115,7 +117,7 @@ class RelayManager:
         for name, budget in budgets.items():
             self._policies[name].default_budget = budget
         self.auditor = Auditor(consensus, band_of, config.audit_every, base)
-        self._logged: set[str] = set()
+        self._log = Log(logger)
         self.planner = Planner(tree, self.donors, self._policies, pool_slots)
         self._outstanding: BatchPlan | None = None
 
@@ -137,16 +139,16 @@ class RelayManager:
 
     def adopt(self, req: Req, *, has_multimodal: bool) -> None:
         """Give a new request its relay state and, if it may relay, its namespace."""
-        tenant = Tenant(req.extra_key, req.cache_salt, None)
+        tenant, why = Tenant(req.extra_key, req.cache_salt, None), None
         try:
             controls = self._controls(req.sampling_params.custom_params)
             tenant = tenant._replace(scope=controls.scope)
-            declined = self._admission_reason(req, controls.mode, tenant, has_multimodal)
+            declined = self._admission_reason(req, controls, tenant, has_multimodal)
         except Decline as decline:
-            self.log_once(decline.reason, str(decline))
-            declined = decline.reason
+            why = self.log_once(decline.reason, decline.detail)
+            declined = self._unsupported_reason() or decline.reason
             controls = self._controls({"relay": "off"})
-        report = new_report(None if declined else controls.policy, declined)
+        report = new_report(None if declined else controls.policy, declined, why)
         if declined is None and self._policies[controls.policy].reads_influence:
             report["influence"] = f"unavailable:{self.influence_missing}" if self.influence is None else "none"
         if declined is None and self._policies[controls.policy].start is not None:
@@ -160,7 +162,7 @@ class RelayManager:
         else:
             self.stats.decline(declined)
 
-    def _controls(self, params: Mapping[str, Any] | None) -> Controls:
+    def _controls(self, params: Any) -> Controls:
         return read_controls(params, self.config, self._policies)
 
     def agree_on(self, req: Req, key: str | None, failed: str | None) -> None:
@@ -176,14 +178,17 @@ class RelayManager:
         req.relay = state  # type: ignore[attr-defined]
         self.stats.decline(reason)
 
-    def _admission_reason(self, req: Req, mode: str, tenant: Tenant, has_multimodal: bool) -> str | None:
+    def _unsupported_reason(self) -> str | None:
+        return f"unsupported:{self.unsupported[0]}" if self.unsupported else None
+
+    def _admission_reason(self, req: Req, controls: Controls, tenant: Tenant, has_multimodal: bool) -> str | None:
         if self.unsupported:
-            return f"unsupported:{self.unsupported[0]}"
-        if mode != "on":
-            return {"off": "relay_off", "exact": "exact_requested"}[mode]
+            return self._unsupported_reason()
+        if controls.mode != "on":
+            return {"off": "relay_off", "exact": "exact_requested"}[controls.mode]
         if self.namespaces.unscoped(tenant):
             return "no_cache_salt"
-        return request_reason(req, has_multimodal)
+        return request_reason(req, has_multimodal, primes=controls.primes)
 
     # ------------------------------------------------------------------ match
 
@@ -284,13 +289,12 @@ class RelayManager:
                     self.stats.decline(reason)
 
     def _agreed_plan(self, batch: ScheduleBatch, states: list[RelayRequest | None]) -> BatchPlan | None:
-        planned, reason = None, None
+        planned, reason, why = None, None, None
         try:
             reason = batch_reason(batch) or self._broken_invariant(batch)
             planned = None if reason else self._plan(batch, states)
         except Decline as decline:
-            reason = decline.reason
-            self.log_once(reason, str(decline))
+            reason, why = decline.reason, decline.detail
         except Exception as error:
             reason = self.failure("plan", error)
         shape = [] if planned is None else [_shape(p) for p in planned.plans]
@@ -308,7 +312,7 @@ class RelayManager:
             self.donors.touch(planned.held)
         for state in states:
             if reason is not None and state is not None and state.relays and state.pieces:
-                self._decline(state, reason)
+                self._decline(state, reason, why)
         return planned
 
     def _broken_invariant(self, batch: ScheduleBatch) -> str | None:
@@ -338,7 +342,7 @@ class RelayManager:
                     continue
                 if planned.fell_back is not None:
                     count_fallback(req, state, plan, planned.policy)
-                    self._decline(state, planned.fell_back)
+                    self._decline(state, planned.fell_back, planned.why)
                 elif not planned.policy.exact:
                     self.learning.mark_depth(req, state, plan)
                     note_pending(state, plan, planned.policy)
@@ -403,24 +407,21 @@ class RelayManager:
 
     # ------------------------------------------------------------------ failures
 
-    def _decline(self, state: RelayRequest, reason: str) -> None:
-        state.report["declined"] = reason
+    def _decline(self, state: RelayRequest, reason: str, why: str | None = None) -> None:
+        said = self.log_once(reason, why or "a chunk was served by exact prefill")
+        state.report["declined"], state.report["why"] = reason, said if why else None
         self.stats.decline(reason)
-        self.log_once(reason, f"a chunk was served by exact prefill: {reason}")
 
     def failure(self, where: str, error: BaseException) -> str:
         """A host failure inside the relay: counted, logged once per kind; returns its reason."""
         reason = f"internal_error:{where}"
         self.stats.failures += 1
-        if (kind := f"{reason}:{type(error).__name__}") not in self._logged:
-            self._logged.add(kind)
-            logger.error("relay: %s failed; served by the stock path", where, exc_info=error)
+        self._log.failure(where, error)
         return reason
 
-    def log_once(self, kind: str, text: str) -> None:
-        if kind not in self._logged:
-            self._logged.add(kind)
-            logger.warning("relay: %s", text)
+    def log_once(self, reason: str, text: str) -> str:
+        """Returns ``text`` as it may be shown (log.py, ``plain``)."""
+        return self._log.once(reason, text)
 
 
 def _shape(plan: RelayPlan) -> tuple:

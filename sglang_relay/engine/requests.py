@@ -18,11 +18,14 @@ if TYPE_CHECKING:
     from sglang_relay.engine.influence import Collected
     from sglang_relay.engine.quotes import Quotes
 
+PRIMES = "relay_primes"
+"""Set by the front end, too (front_end.py, ``send``)."""
+
 _MODES = ("on", "off", "exact")
 _DONATE = ("output", "all", "none")
 _KEYS = (
     *("relay", "relay_policy", "relay_budget", "relay_donate", "relay_scope", "relay_capture"),
-    *("relay_generated_from", "relay_quote_tokens"),
+    *("relay_generated_from", "relay_quote_tokens", PRIMES),
 )
 
 
@@ -32,7 +35,7 @@ class Controls:
     may recompute, None for policies that take none and for thresholds without a cap; generated_from: prompt tokens from
     this one on are a transcript: donated, and their influence collected (engine/influence.py), as if decoded.
     quote_tokens: how far ahead quotes are recomputed (quotes.py); other_quotes: whether the server's settings say
-    otherwise.
+    otherwise. primes: it computes KV for requests that follow, and so as theirs is computed.
     """
 
     mode: str
@@ -43,6 +46,7 @@ class Controls:
     generated_from: int | None = None
     quote_tokens: int = 0
     other_quotes: bool = False
+    primes: bool = False
 
     @property
     def tier(self) -> str:
@@ -51,8 +55,11 @@ class Controls:
         return f"{tier}+quote_tokens={self.quote_tokens}" if self.other_quotes else tier
 
 
-def read_controls(params: Mapping[str, Any] | None, config: RelayConfig, policies: Mapping[str, Policy]) -> Controls:
-    """Raises Decline("bad_custom_params") when a ``relay*`` parameter has a value that is not allowed."""
+def read_controls(params: Any, config: RelayConfig, policies: Mapping[str, Policy]) -> Controls:
+    """Raises Decline("bad_custom_params") when a ``relay*`` parameter has a value that is not allowed, and when
+    ``params`` is neither an object nor None: SGLang takes what JSON can say."""
+    if not isinstance(params, Mapping | None):
+        raise Decline("bad_custom_params", f"custom_params={params!r}: allowed is an object")
     given = {k: v for k, v in (params or {}).items() if isinstance(k, str) and k.startswith("relay") and v is not None}
     if unknown := sorted(set(given) - set(_KEYS)):
         raise Decline("bad_custom_params", f"unknown {', '.join(unknown)}; allowed are {', '.join(_KEYS)}")
@@ -75,6 +82,7 @@ def read_controls(params: Mapping[str, Any] | None, config: RelayConfig, policie
         generated_from=_count(given, "relay_generated_from"),
         quote_tokens=quotes,
         other_quotes=follows and quotes != usual,
+        primes=_switch(given, PRIMES),
     )
 
 
@@ -96,6 +104,13 @@ def _count(given: Mapping[str, Any], key: str) -> int | None:
     value = given.get(key)
     if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 0):
         raise Decline("bad_custom_params", f"{key}={value!r}: allowed is a whole number from 0")
+    return value
+
+
+def _switch(given: Mapping[str, Any], key: str) -> bool:
+    value = given.get(key, False)
+    if not isinstance(value, bool):
+        raise Decline("bad_custom_params", f"{key}={value!r}: allowed are true and false")
     return value
 
 
@@ -169,14 +184,15 @@ KINDS = ("exact", "approximate", "relayed", "recomputed", "fresh")
 """What a prompt token can be; the counts of a report add up to the prompt."""
 
 
-def new_report(policy: str | None, declined: str | None) -> dict[str, Any]:
+def new_report(policy: str | None, declined: str | None, why: str | None = None) -> dict[str, Any]:
     """``meta_info["relay"]``. exact: prefix hits and copies of exact KV; approximate: prefix hits on what a relayed
     request left; relayed: donor KV used as it is; recomputed: reused tokens that the policy computed again; fresh: the
     rest. cost: token-layers that the repair ran, its probe included, as a share of those of the relayed, recomputed and
     approximate tokens; above 1 only where a prompt's last chunk repeats more fresh tokens than it reuses. quoted: such
-    tokens that were recomputed while the answer that quotes them was decoded. Under policy ``relay``
-    also influence: ``used``, ``none`` (no reused token has one), or ``unavailable:`` and why; and entry: ``hidden`` or
-    ``embeddings``, where the reused tokens entered, and why."""
+    tokens that were recomputed while the answer that quotes them was decoded. why: what more there is to say about
+    ``declined``, None where its name says all. Under policy ``relay`` also influence: ``used``, ``none`` (no reused
+    token has one), or ``unavailable:`` and why; and entry: ``hidden`` or ``embeddings``, where the reused tokens
+    entered, and why."""
     return {
         **dict.fromkeys(KINDS, 0),
         "segments": 0,
@@ -185,5 +201,6 @@ def new_report(policy: str | None, declined: str | None) -> dict[str, Any]:
         "policy": policy,
         "depth": 0,
         "declined": declined,
+        "why": why,
         "match_ms": 0.0,
     }
