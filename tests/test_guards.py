@@ -15,6 +15,8 @@ import pytest
 import requests
 import torch
 from plugins import Inspector, install_plugin
+from sglang.srt.layers.moe.utils import initialize_moe_config
+from sglang.srt.runtime_context import create_context, use_context
 from sglang.srt.server_args import ServerArgs
 from tiny_model import make_tiny_llama
 
@@ -338,6 +340,9 @@ def test_an_embedding_server(model: Path) -> None:
         ("context_parallel", "attn_cp_size", 2),
         ("context_parallel", "dcp_size", 2),
         ("context_parallel", "enable_prefill_cp", True),
+        ("sequence_parallel", "enable_layernorm_sp", True),
+        ("sequence_parallel", "enable_attn_tp_input_scattered", True),
+        ("sequence_parallel", "disable_attn_tp_gather", True),
         ("speculative_decoding", "speculative_algorithm", "NGRAM"),
         ("speculative_decoding", "speculative_algorithm", "EAGLE"),
         ("pd_disaggregation", "disaggregation_mode", "prefill"),
@@ -363,6 +368,29 @@ def test_deployments_that_cannot_start_here_are_named(model: Path, reason: str, 
     assert not any(hit for _, hit in guards._deployment(args))
     setattr(args, field, value)
     assert [name for name, hit in guards._deployment(args) if hit] == [reason]
+
+
+@pytest.mark.parametrize(
+    ("fields", "padded"),
+    [
+        ({}, False),
+        ({"tp_size": 2}, False),
+        ({"tp_size": 2, "moe_dense_tp_size": 1}, True),
+        ({"tp_size": 2, "moe_a2a_backend": "deepep"}, True),
+        ({"tp_size": 2, "moe_a2a_backend": "mooncake"}, True),
+        ({"tp_size": 2, "dp_size": 2, "enable_dp_attention": True}, True),
+    ],
+    ids=str,
+)
+def test_batches_that_sglang_pads_are_named(model: Path, fields: dict[str, Any], padded: bool) -> None:
+    """On what SGLang publishes of its own arguments, which its padding reads, too."""
+    args = ServerArgs(**{"model_path": str(model)})
+    for name, value in fields.items():
+        assert hasattr(args, name)
+        setattr(args, name, value)
+    with use_context(create_context(args, role="scheduler")):
+        initialize_moe_config()
+        assert guards.pads_batches() == padded
 
 
 @pytest.mark.parametrize(
