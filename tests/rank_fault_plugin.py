@@ -60,13 +60,13 @@ def _record_sums() -> None:
     seen, ready = set(), []
     original, install = GroupCoordinator.all_reduce, hooks.install
 
-    def all_reduce(group: Any, values: Any) -> Any:
-        kind = (values.dtype, values.dim())
+    def all_reduce(self: Any, input_: Any) -> Any:
+        kind = (input_.dtype, input_.dim())
         if kind not in seen:
             seen.add(kind)
             with Path(f"{_FAULT}.sums").open("a", encoding="utf-8") as file:
-                file.write(f"{'ready' if ready else 'starting'} {values.dtype} {values.dim()}\n")
-        return original(group, values)
+                file.write(f"{'ready' if ready else 'starting'} {input_.dtype} {input_.dim()}\n")
+        return original(self, input_)
 
     def installed(table: Any) -> None:
         ready.append(True)
