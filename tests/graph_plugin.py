@@ -126,26 +126,22 @@ def replay(scheduler: Any, context: int, rows: int, ends_early: bool = False) ->
     written and any other was, and of each pass the (layer, rows) of every call of the attention. ends_early: with the
     last layer's K and V, as a probe pass does.
     """
-    from sglang_relay.engine.calibration import _borrowed, _Passes
-    from sglang_relay.engine.forward import StagedForward
-    from sglang_relay.engine.manager import BatchPlan
-    from sglang_relay.policies.rotate import Rotate
+    from sglang_relay.engine.made_up import borrowed, prepared
 
     relay, runner = scheduler.tree_cache.relay, scheduler.tp_worker.model_runner
     tools, layers = relay.tools, runner.model_config.num_hidden_layers
     pool = (*runner.token_to_kv_pool.k_buffer, *runner.token_to_kv_pool.v_buffer)
     found, after, calls = [], [], []
-    with _borrowed(relay, runner) as (row, slots), torch.no_grad():
+    with borrowed(relay.tree, relay.consensus, runner, requests=1, tokens=2048) as made, torch.no_grad():
+        slots = made.slots[0]
         for buffer in pool:
             buffer[slots] = torch.randn(len(slots), *buffer.shape[1:], generator=torch.Generator().manual_seed(7))
-        batch = _Passes(relay, tools, row, slots, None)._batch(context, rows)
+        batch = made.batch(context, rows)
         before = [buffer.clone() for buffer in pool]
         for graphs in (None, tools.graphs):
             for buffer, old in zip(pool, before, strict=True):
                 buffer.copy_(old)
-            plan = BatchPlan(Rotate(layers), [], [], [])
-            staged = StagedForward(replace(tools, graphs=graphs), batch, plan)
-            staged.prepare()
+            staged = prepared(replace(tools, graphs=graphs), batch)
             calls.append(_watch(staged.backend))
             if ends_early:
                 staged.first.keys_and_values(0, layers - 1)

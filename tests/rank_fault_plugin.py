@@ -19,7 +19,8 @@ class Injected(RuntimeError):
 def load() -> None:
     from sglang_relay import index
     from sglang_relay.attention import engines
-    from sglang_relay.engine import backend, forward, manager, quotes, stage
+    from sglang_relay.engine import backend, collectives, forward, manager, quotes, rotary_probe, selection, stage
+    from sglang_relay.engine.influence import Influence
     from sglang_relay.ops import torch_ops
     from sglang_relay.plan import RelayPlan
     from sglang_relay.policies.relay import DeviationPolicy
@@ -31,11 +32,44 @@ def load() -> None:
     _wrap(forward.StagedForward, "prepare", {"prepare": _raise})
     _wrap(engines, "attend", {"attention": _raise})
     _wrap(backend.DeviationProbe, "measure", {"measure": _raise})
-    _wrap(stage.Stage, "take_over", {"hand_over": _raise})
+    _wrap(stage.Stage, "take_over", {"hand_over": _raise, "split": _raise})
+    _wrap(selection, "_with_heads", {"deviations": _raise})
+    _wrap(torch_ops.TorchProbeScores, "totals", {"scores": _raise})
+    _wrap(Influence, "of", {"influence": _raise})
+    _wrap(selection.Selection, "ends_early", {"last_layer": _raise})
+    _wrap(selection.Selection, "work", {"work": _raise})
+    _wrap(rotary_probe, "_found", {"rotary": _raise})
+    _wrap(collectives, "_build", {"build": _raise})
     _wrap(torch_ops, "realign", {"place": _raise})
     _wrap(DeviationPolicy, "select", {"select": _raise, "other_rows": _other_rows})
     _wrap(quotes, "quoted", {"quotes": _raise, "other_quotes": _other_quotes})
     _wrap(quotes, "_stage", {"quote_attention": _failed_stage})
+    _record_sums()
+
+
+def _record_sums() -> None:
+    """A line in ``<RELAY_TEST_FAULT>.sums`` for each kind of tensor that is all-reduced for the first time: its dtype
+    and dimensions, and whether the relay was ready."""
+    from sglang.srt.distributed.parallel_state import GroupCoordinator
+
+    from sglang_relay.engine import hooks
+
+    seen, ready = set(), []
+    original, install = GroupCoordinator.all_reduce, hooks.install
+
+    def all_reduce(self: Any, input_: Any) -> Any:
+        kind = (input_.dtype, input_.dim())
+        if kind not in seen:
+            seen.add(kind)
+            with Path(f"{_FAULT}.sums").open("a", encoding="utf-8") as file:
+                file.write(f"{'ready' if ready else 'starting'} {input_.dtype} {input_.dim()}\n")
+        return original(self, input_)
+
+    def installed(table: Any) -> None:
+        ready.append(True)
+        install(table)
+
+    GroupCoordinator.all_reduce, hooks.install = all_reduce, installed
 
 
 def _wrap(owner: Any, name: str, faults: dict[str, Callable[..., Any]]) -> None:

@@ -15,6 +15,8 @@ import pytest
 import requests
 import torch
 from plugins import Inspector, install_plugin
+from sglang.srt.layers.moe.utils import initialize_moe_config
+from sglang.srt.runtime_context import create_context, use_context
 from sglang.srt.server_args import ServerArgs
 from tiny_model import make_tiny_llama
 
@@ -306,13 +308,90 @@ def test_a_layer_without_rotation_is_found(model: Path, tmp_path: Path) -> None:
         check_stock(answer, state, log, "layers_without_rotation")
 
 
+LOST_RESIDUAL = """
+def load():
+    from sglang.srt.layers.layer_boundary.residual import batch as residual_batch
+    from sglang.srt.models.llama import LlamaForCausalLM
+
+    whole = LlamaForCausalLM.forward_split_prefill
+
+    def forward_split_prefill(self, input_ids, positions, forward_batch, split_interval, input_embeds=None):
+        if split_interval[0] == LAYER:
+            stream = residual_batch.stream_of(forward_batch)
+            if stream.residual is not None:
+                stream.residual = stream.residual * 0
+        return whole(self, input_ids, positions, forward_batch, split_interval, input_embeds)
+
+    LlamaForCausalLM.forward_split_prefill = forward_split_prefill
+"""
+"""A Llama whose layers drop the residual where a part begins at LAYER, as SGLang's Gemma-3 does at any."""
+
+
+@pytest.mark.parametrize("layer", [1, pytest.param(5, marks=pytest.mark.slow)])
+def test_layers_that_differ_when_they_run_in_parts(model: Path, tmp_path: Path, layer: int) -> None:
+    """The method has the right name and returns logits: only comparing them, or K and V, tells. The last layer leaves
+    no K and V that would. No cost model is calibrated here."""
+    code = LOST_RESIDUAL.replace("LAYER", str(layer))
+    env = install_plugin(tmp_path / "residual", "relay_test_residual", code)
+    with Server(model, "--radix-cache-backend", "relay", env=env) as server:
+        answers = [ask(server, [5, 6, 7] * 20) for _ in range(2)]
+        state = server.get("/server_info")["internal_states"][0]["relay"]
+        log = server.log()
+    assert "layers run in parts are" in log
+    assert [report_of(a)["exact"] for a in answers] == [0, 59]
+    for answer in answers:
+        check_stock(answer, state, log, "layer_split_differs")
+
+
+def dressed(model: Path, path: Path, architecture: str, **config: Any) -> Path:
+    """``model`` under the name of another one, for random weights."""
+    other = shutil.copytree(model, path)
+    settings = json.loads((other / "config.json").read_text())
+    settings |= {"architectures": [architecture], "model_type": architecture.removesuffix("ForCausalLM").lower()}
+    (other / "config.json").write_text(json.dumps(settings | config))
+    return other
+
+
+NO_PATTERN = """
+def load():
+    from transformers.models.exaone4.configuration_exaone4 import Exaone4Config
+
+    made = Exaone4Config.__post_init__
+
+    def without_pattern(self, **kwargs):
+        made(self, **kwargs)
+        self.sliding_window_pattern = None
+
+    Exaone4Config.__post_init__ = without_pattern
+"""
+"""SGLang asks for a GPU's attention where the pattern is not None, which transformers makes it for a model without."""
+
+
+def test_layers_that_cannot_hand_over(model: Path, tmp_path: Path) -> None:
+    """EXAONE-4 norms what a layer adds, so what is between two of its parts is no plain sum."""
+    windows = {"sliding_window": None, "layer_types": ["full_attention"] * 6}
+    other = dressed(model, tmp_path / "exaone4", "Exaone4ForCausalLM", **windows)
+    env = install_plugin(tmp_path / "plugin", "relay_test_no_pattern", NO_PATTERN)
+    with Server(other, "--radix-cache-backend", "relay", "--load-format", "dummy", env=env) as server:
+        answer = ask(server, [5, 6, 7] * 20)
+        state = server.get("/server_info")["internal_states"][0]["relay"]
+        check_stock(answer, state, server.log(), "layer_split_failed")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("architecture", ["LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"])
+def test_layers_that_run_in_parts(model: Path, tmp_path: Path, architecture: str, dtype: str) -> None:
+    other = dressed(model, tmp_path / "other", architecture)
+    random_weights = () if architecture == "LlamaForCausalLM" else ("--load-format", "dummy")
+    with Server(other, "--radix-cache-backend", "relay", "--dtype", dtype, *random_weights) as server:
+        state = server.get("/server_info")["internal_states"][0]["relay"]
+        assert state["active"], state["unsupported"]
+
+
 @pytest.mark.slow
 def test_a_model_that_cannot_run_a_range_of_its_layers(model: Path, tmp_path: Path) -> None:
-    other = shutil.copytree(model, tmp_path / "olmo2")
-    config = json.loads((other / "config.json").read_text())
-    (other / "config.json").write_text(
-        json.dumps(config | {"architectures": ["Olmo2ForCausalLM"], "model_type": "olmo2"})
-    )
+    other = dressed(model, tmp_path / "olmo2", "Olmo2ForCausalLM")
     with Server(other, "--radix-cache-backend", "relay", "--load-format", "dummy") as server:
         answer = ask(server, [5, 6, 7] * 20)
         state = server.get("/server_info")["internal_states"][0]["relay"]
@@ -343,6 +422,9 @@ def test_an_embedding_server(model: Path) -> None:
         ("context_parallel", "attn_cp_size", 2),
         ("context_parallel", "dcp_size", 2),
         ("context_parallel", "enable_prefill_cp", True),
+        ("sequence_parallel", "enable_layernorm_sp", True),
+        ("sequence_parallel", "enable_attn_tp_input_scattered", True),
+        ("sequence_parallel", "disable_attn_tp_gather", True),
         ("speculative_decoding", "speculative_algorithm", "NGRAM"),
         ("speculative_decoding", "speculative_algorithm", "EAGLE"),
         ("pd_disaggregation", "disaggregation_mode", "prefill"),
@@ -376,6 +458,29 @@ def test_a_front_end_in_rust_is_named(model: Path, monkeypatch: pytest.MonkeyPat
     args = ServerArgs(**{"model_path": str(model)})
     monkeypatch.setenv("SGLANG_RUST_SERVER", "1")
     assert [name for name, hit in guards._deployment(args) if hit] == ["rust_front_end"]
+
+
+@pytest.mark.parametrize(
+    ("fields", "padded"),
+    [
+        ({}, False),
+        ({"tp_size": 2}, False),
+        ({"tp_size": 2, "moe_dense_tp_size": 1}, True),
+        ({"tp_size": 2, "moe_a2a_backend": "deepep"}, True),
+        ({"tp_size": 2, "moe_a2a_backend": "mooncake"}, True),
+        ({"tp_size": 2, "dp_size": 2, "enable_dp_attention": True}, True),
+    ],
+    ids=str,
+)
+def test_batches_that_sglang_pads_are_named(model: Path, fields: dict[str, Any], padded: bool) -> None:
+    """On what SGLang publishes of its own arguments, which its padding reads, too."""
+    args = ServerArgs(**{"model_path": str(model)})
+    for name, value in fields.items():
+        assert hasattr(args, name)
+        setattr(args, name, value)
+    with use_context(create_context(args, role="scheduler")):
+        initialize_moe_config()
+        assert guards.pads_batches() == padded
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import random
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -27,6 +28,7 @@ from test_against_reference import (
 )
 from test_influence import ARGS, with_influence
 
+from sglang_relay.engine.hidden import HiddenStates
 from sglang_relay.measure.server import Server
 
 POLICY = Relay(det=3, end=4, tau_dev=1.5, suffix=10, start=2)
@@ -173,3 +175,19 @@ def test_two_ranks_with_influence_too(model: Path, reference: Reference) -> None
     check_counts(report, prompt, int(want.selected.sum()))
     assert (report["entry"], report["influence"]) == ("hidden", "used")
     assert far(got, log_probabilities(want)) < BOUND
+
+
+def test_slots_that_cannot_be_marked_hold_nothing() -> None:
+    """It happens before a forward: what is raised there would end the scheduler."""
+    layer, keys = torch.nn.Identity(), torch.zeros(8, 1, 4)
+    runner = SimpleNamespace(
+        token_to_kv_pool=SimpleNamespace(k_buffer=[keys]),
+        model_config=SimpleNamespace(hidden_size=4),
+        model=SimpleNamespace(model=SimpleNamespace(layers=[layer])),
+    )
+    failures: list[str] = []
+    kept = HiddenStates(runner, 0, lambda where, error: failures.append(where) or where)
+    kept.held.fill_(True)
+    kept.begin(SimpleNamespace(out_cache_loc=torch.tensor([2, 99])))  # type: ignore[arg-type]
+    assert failures == ["hidden_states"]
+    assert not kept.held.any()

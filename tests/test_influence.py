@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ import torch
 from plugins import Inspector
 from prompts import random_tokens
 from reference import Reference, Relay, Segment
+from sglang.srt.model_executor.forward_batch_info import ForwardMode
 from test_against_reference import (
     BOUND,
     CASES,
@@ -27,6 +29,7 @@ from test_against_reference import (
 )
 
 from sglang_relay.attention import attention_mass
+from sglang_relay.engine.influence import Influence
 from sglang_relay.measure.server import Server
 
 ARGS = ("--radix-cache-backend", "relay", "--dtype", "float32")
@@ -289,3 +292,19 @@ def test_several_queries_are_the_sum_of_single_ones() -> None:
     got = attention_mass(query[n - rows :], keys, begin, 0.3)
     assert got.shape == want.shape and torch.allclose(got, want, rtol=1e-5, atol=1e-6)
     assert attention_mass(query[:1], keys[:1], 0, 0.3).numel() == 0
+
+
+def test_slots_that_cannot_be_marked_have_no_influence() -> None:
+    """It happens before a forward: what is raised there would end the scheduler."""
+    pool = SimpleNamespace(k_buffer=[torch.zeros(8, 1, 4)])
+    table = SimpleNamespace(req_to_token=torch.zeros(1, 8, dtype=torch.int32))
+    runner = SimpleNamespace(token_to_kv_pool=pool, req_to_token_pool=table, model=torch.nn.Identity())
+    failures: list[str] = []
+    collected = Influence(runner, range(1), lambda where, error: failures.append(where) or where)
+    collected.scores.fill_(1.0)
+    batch = SimpleNamespace(
+        out_cache_loc=torch.tensor([99]), seq_lens=torch.tensor([3]), forward_mode=ForwardMode.DECODE
+    )
+    collected.begin([], batch, relayed=False)  # type: ignore[arg-type]
+    assert failures == ["influence"]
+    assert collected.scores.isnan().all()

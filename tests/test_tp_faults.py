@@ -28,8 +28,8 @@ ANSWER_WITHIN = 120.0
 _RARE = ("plan", "place", "measure", "select", "other_rows", "hand_over")
 
 
-def slow(fault: str) -> Any:
-    return pytest.param(fault, marks=pytest.mark.slow)
+def slow(*values: str) -> Any:
+    return pytest.param(*values, marks=pytest.mark.slow)
 
 
 class Ranks:
@@ -59,6 +59,10 @@ class Ranks:
     def decode_two(self) -> None:
         prompts = [self.fresh(30) for _ in range(2)]
         self.donors = [Donor(p, self.ask(p, 150, relay="exact")["output_ids"]) for p in prompts]
+
+    def sums(self) -> list[str]:
+        """What was summed for the first time (rank_fault_plugin.py)."""
+        return Path(f"{self._fault}.sums").read_text(encoding="utf-8").splitlines()
 
     def fresh(self, n: int) -> list[int]:
         return random_tokens(n, self._rng, VOCAB)
@@ -90,10 +94,10 @@ class Ranks:
 
 
 @contextlib.contextmanager
-def serve(folder: Path, *args: object, **more: str) -> Iterator[Ranks]:
+def serve(folder: Path, *args: object, at_start: str = "", **more: str) -> Iterator[Ranks]:
     model = make_tiny_llama(folder / "model", vocab=VOCAB)
     fault = folder / "fault"
-    fault.write_text("", encoding="utf-8")
+    fault.write_text(at_start, encoding="utf-8")
     code = (Path(__file__).parent / "rank_fault_plugin.py").read_text(encoding="utf-8")
     env = install_plugin(folder / "plugin", "relay_test_rank_fault", code) | {"RELAY_TEST_FAULT": str(fault)} | more
     flags = ("--radix-cache-backend", "relay", "--tp-size", 2, "--max-total-tokens", POOL, *args)
@@ -103,7 +107,8 @@ def serve(folder: Path, *args: object, **more: str) -> Iterator[Ranks]:
 
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
-    with serve(tmp_path_factory.mktemp("ranks"), SGLANG_ENABLE_RANK_CONSENSUS_CHECKER="1") as ranks:
+    beside_slots = {"SGLANG_RELAY_INFLUENCE": "auto"}
+    with serve(tmp_path_factory.mktemp("ranks"), SGLANG_ENABLE_RANK_CONSENSUS_CHECKER="1", **beside_slots) as ranks:
         yield ranks
 
 
@@ -140,6 +145,48 @@ def test_one_broken_rank_makes_all_decline(ranks: Ranks, fault: str) -> None:
     ranks.evict()
     ranks.decode_two()
     ranks.relays()
+
+
+@pytest.mark.parametrize(
+    ("fault", "policy"),
+    [
+        ("deviations", "relay"),
+        ("scores", "probe"),
+        slow("influence", "relay"),
+        slow("last_layer", "relay"),
+        ("work", "rotate"),
+    ],
+)
+def test_rank_that_fails_where_the_others_go_on_to_meet(ranks: Ranks, fault: str, policy: str) -> None:
+    """Just before the ranks sum what they measured, between two layers, and behind the last agreement of a pass."""
+    ranks.relays(policy)
+    ranks.fault(fault)
+    assert ranks.declines(policy) == "ranks_disagree"
+    ranks.fault("")
+    ranks.relays(policy)
+
+
+def test_nothing_is_summed_for_the_first_time_while_requests_wait(ranks: Ranks) -> None:
+    """SGLang builds a kernel for the first sum of a dtype; what the relay sums is float32, whatever the model's is."""
+    for policy in ("relay", "probe", "cacheblend"):
+        ranks.relays(policy)
+    sums = ranks.sums()
+    assert sums.count("starting torch.float32 1") == 2, "on both ranks"
+    assert not [line for line in sums if line.startswith("ready")], sums
+
+
+@pytest.mark.parametrize(
+    ("fault", "reason"),
+    [("split", "layer_split_failed"), slow("rotary", "rotary_probe_failed"), slow("build", "rank_sums_failed")],
+)
+def test_rank_that_fails_at_start_up(tmp_path: Path, fault: str, reason: str) -> None:
+    """All of them are served stock, by name."""
+    with serve(tmp_path, at_start=fault) as ranks:
+        ranks.fault("")
+        report = ranks.ask(ranks.fresh(60))["meta_info"]["relay"]
+        (internal,) = ranks.server.get("/server_info")["internal_states"]
+    assert report["declined"] == f"unsupported:{reason}"
+    assert internal["relay"]["unsupported"] == [reason]
 
 
 def quoting_answer(ranks: Ranks) -> dict[str, Any]:

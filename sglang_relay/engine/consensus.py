@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -47,6 +47,14 @@ class Consensus:
         dist.all_reduce(votes, op=dist.ReduceOp.MIN, group=self._group)
         all_ok, low, negated_high = votes.tolist()
         return Vote(bool(all_ok), low == -negated_high)
+
+    def union(self, names: list[str]) -> list[str]:
+        """The names that any rank has, on every rank: those of rank 0 first."""
+        if self._group is None:
+            return names
+        everybody: list[Any] = [None] * self.ranks
+        dist.all_gather_object(everybody, names, group=self._group)
+        return list(dict.fromkeys(name for of_rank in everybody for name in of_rank))
 
     def broadcast(self, value: object) -> object:
         """Rank 0's value, on every rank."""

@@ -62,7 +62,10 @@ def relay_forward(
                 del staged  # the stock forward needs its memory
                 return _audited(original, relay, planned, logits, runner, batch, *args, **kwargs)
             runner.forward_pass_id += 1
-            relay.count_work(planned, work)
+            try:
+                relay.count_work(planned, work)
+            except Exception as error:
+                relay.failure("report", error)
             relay.stats.place_seconds += placed - began
             relay.stats.forward_seconds += time.perf_counter() - placed
             relay.stats.batch()
@@ -79,12 +82,17 @@ def _audited(
     original: Any, relay: RelayManager, planned: BatchPlan, relayed: Any, runner: Any, batch: Any, *args, **kwargs
 ) -> ModelRunnerOutput:
     """The stock forward of the whole batch, after the relayed one, whose distributions it judges."""
-    rows = on_device(np.array([planned.plans[i].row for i in planned.audits]), batch.out_cache_loc.device)
-    guess = relayed.next_token_logits.index_select(0, rows)
-    planned.fell_back = AUDITED
+    planned.fell_back, rows, guess = AUDITED, None, None
+    try:
+        rows = on_device(np.array([planned.plans[i].row for i in planned.audits]), batch.out_cache_loc.device)
+        guess = relayed.next_token_logits.index_select(0, rows)
+    except Exception as error:  # a rank that left here would leave the others waiting in the stock forward
+        relay.failure("audit", error)
     output = original(runner, batch, *args, **kwargs)
 
     def measured() -> list[float]:
+        if rows is None or guess is None:
+            raise RuntimeError("the relayed logits were not kept")
         return divergence(guess, output.logits_output.next_token_logits.index_select(0, rows))
 
     relay.record_audits(planned, measured)

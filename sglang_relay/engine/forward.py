@@ -7,7 +7,7 @@ whose logits are read go beyond K and V.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -145,8 +145,26 @@ class StagedForward:
             output = self._run_deviating()
         else:
             output = self._finish(self.first, 0)
+        failure, work = None, []
+        try:
+            work = self.selection.work(entered=self.head is not None)
+        except Exception as error:
+            failure = self.tools.failure("report", error)
+        self._agree(failure, 0)
+        return output, work
+
+    def run_in_parts(self, parts: Sequence[tuple[int, np.ndarray]]) -> Any:
+        """The logits output after stages of ever fewer rows: at which layer each begins, and its rows. The last layer
+        is one more part, where there is another before it."""
+        (stage,) = self._next(None, lambda: [parts[0][1]])
+        done = 0
+        for start, rows in parts[1:]:
+            stage.layers(done, start)
+            (stage,) = self._next(stage, lambda rows=rows: [rows])
+            done = start
+        output = self._finish(stage, done)
         self._agree(None, 0)
-        return output, self.selection.work(entered=self.head is not None)
+        return output
 
     def _run_deviating(self) -> Any:
         whole, until = self.policy.whole, self.policy.until
@@ -195,8 +213,7 @@ class StagedForward:
         if len(self.first.rows):
             self.first.keys_and_values(0, self.layers - 1)
         self.selection.collect()
-        rest = np.setdiff1d(self.fresh, self.probing.head)
-        (stage,) = self._next(None, lambda: [self.selection.with_selected(rest)])
+        (stage,) = self._next(None, lambda: [self.selection.with_selected(np.setdiff1d(self.fresh, self.probing.head))])
         return self._finish(stage, 0)
 
     def _finish(self, stage: Stage, done: int) -> Any:
@@ -206,10 +223,14 @@ class StagedForward:
         if done >= last or len(self.ends) == len(stage.rows) or stage.replays(done, self.layers):
             return stage.layers(done, self.layers)
         stage.layers(done, last)
-        ends, others = self._next(stage, lambda: [self.ends, stage.rows])
+        ends, others = self._next(stage, lambda: self._last_layer(stage.rows))
         others.keys_and_values(last, last)
-        self.selection.ends_early(others.rows)
         return ends.layers(last, self.layers)
+
+    def _last_layer(self, rows: np.ndarray) -> list[np.ndarray]:
+        """Who runs all of it, and who K and V."""
+        self.selection.ends_early(rows)
+        return [self.ends, rows]
 
     def _next(
         self, before: Stage | None, rows: Callable[[], list[np.ndarray]], state: State | None = None

@@ -10,6 +10,7 @@ from sglang.srt.layers.radix_attention import AttentionType, RadixAttention
 from sglang.srt.layers.rotary_embedding.base import RotaryEmbedding
 from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
 from sglang.srt.model_executor.runner.eager_runner import EagerRunner
+from sglang.srt.utils.common import require_mlp_sync
 from torch import nn
 
 if TYPE_CHECKING:
@@ -23,6 +24,8 @@ ADDITIVE_ERROR = 1e-4
 def server_reasons(ctx: TreeCacheBuildContext) -> list[str]:
     """Every reason why this server cannot relay; empty when it can."""
     reasons = [name for name, hit in _deployment(ctx.server_args) if hit]
+    if pads_batches():
+        reasons.append("padded_batches")
     reasons += [name for name, hit in _tree(ctx) if hit]
     reasons += _model(ctx.tp_worker.model_runner)
     return reasons
@@ -36,6 +39,11 @@ def _deployment(args: Any) -> list[tuple[str, bool]]:
         ("pipeline_parallel", args.pp_size > 1),
         ("dp_attention", on("enable_dp_attention")),
         ("context_parallel", args.attn_cp_size > 1 or args.dcp_size > 1 or on("enable_prefill_cp")),
+        # Rows are spread over the ranks inside the model, in shares of the batch as it was scheduled.
+        (
+            "sequence_parallel",
+            on("enable_layernorm_sp") or on("enable_attn_tp_input_scattered") or on("disable_attn_tp_gather"),
+        ),
         ("speculative_decoding", args.speculative_algorithm is not None),
         ("pd_disaggregation", args.disaggregation_mode != "null"),
         ("two_batch_overlap", on("enable_two_batch_overlap") or on("enable_single_batch_overlap")),
@@ -52,6 +60,14 @@ def _deployment(args: Any) -> list[tuple[str, bool]]:
         ("rust_front_end", envs.SGLANG_RUST_SERVER.get()),
         ("grpc_front_end", on("smg_grpc_mode") or on("grpc_mode")),
     ]
+
+
+def pads_batches() -> bool:
+    """Whether SGLang pads a batch, or spreads it over the ranks, before the model runs (``prepare_mlp_sync_batch``,
+    ``attn_tp_sequence_sharded``): ``--moe-a2a-backend``, ``--moe-dense-tp-size``, data-parallel attention. A stage is a
+    batch that nobody has padded, so its ranks would exchange other numbers of rows than they expect. SGLang's own
+    condition, of the server that this process has published."""
+    return bool(require_mlp_sync())
 
 
 def _tree(ctx: TreeCacheBuildContext) -> list[tuple[str, bool]]:

@@ -47,8 +47,13 @@ class HiddenStates:
         return {"layer": self.layer, "bytes": self.states.nbytes + self.held.nbytes}
 
     def begin(self, batch: ForwardBatch) -> None:
-        """``batch`` is about to run."""
-        self.held[batch.out_cache_loc] = False
+        """``batch`` is about to run. On a rank where this fails no state is held any more, which the ranks notice where
+        one of them would use it."""
+        try:
+            self.held[batch.out_cache_loc] = False
+        except Exception as error:
+            self._failure("hidden_states", error)
+            self.held.fill_(False)
 
     def of(self, slots: torch.Tensor) -> torch.Tensor | None:
         """[n, hidden size]: the states of ``slots`` [n]; None where one of them has none. Waits for the device."""

@@ -32,7 +32,7 @@ from sglang_relay.attention import attention_mass
 from sglang_relay.config import RelayConfig
 from sglang_relay.engine.accounting import chunk_end
 from sglang_relay.engine.guards import beside_slots_reason
-from sglang_relay.engine.requests import relay_of
+from sglang_relay.engine.requests import RelayRequest, relay_of
 
 if TYPE_CHECKING:
     from sglang.srt.managers.schedule_batch import Req
@@ -100,12 +100,20 @@ class Influence:
             state = relay_of(req)
             if state is None:
                 continue
-            own = state.influence
-            if own is None or (own.attempt, own.reached) != (req.retraction_count, req.prefix_len):
-                prompt, transcript = len(req.origin_input_ids), state.controls.generated_from
-                start = max(prompt if transcript is None else min(prompt, transcript), req.prefix_len)
-                own = state.influence = Collected(req.retraction_count, start)
-            own.reached, own.extends = chunk_end(req), True
+            try:
+                self._admit(req, state)
+            except Exception as error:
+                state.influence = None
+                self._failure("influence", error)
+
+    @staticmethod
+    def _admit(req: Req, state: RelayRequest) -> None:
+        own = state.influence
+        if own is None or (own.attempt, own.reached) != (req.retraction_count, req.prefix_len):
+            prompt, transcript = len(req.origin_input_ids), state.controls.generated_from
+            start = max(prompt if transcript is None else min(prompt, transcript), req.prefix_len)
+            own = state.influence = Collected(req.retraction_count, start)
+        own.reached, own.extends = chunk_end(req), True
 
     def checkpoint(self, req: Req, up_to: int, insert: Callable[[], None]) -> None:
         """``insert`` the first ``up_to`` tokens of ``req`` into the tree. Where the tree has them already it keeps its
@@ -133,16 +141,17 @@ class Influence:
     # ------------------------------------------------------------------ forwards
 
     def begin(self, reqs: list[Req], batch: ForwardBatch, *, relayed: bool) -> None:
-        """``batch`` of ``reqs`` is about to run: mark the slots that it writes, note whose queries count."""
+        """``batch`` of ``reqs`` is about to run: mark the slots that it writes, note whose queries count. Where this
+        fails no slot has influence any more: none may keep what another token has collected."""
         self._watched = []
-        marks = np.full(len(batch.out_cache_loc), np.nan, dtype=np.float32)
         try:
+            marks = np.full(len(batch.out_cache_loc), np.nan, dtype=np.float32)
             self._watch(reqs, batch, marks, relayed)
+            self.scores[batch.out_cache_loc] = torch.from_numpy(marks).to(self.scores.device)
         except Exception as error:
             self._watched = []
-            marks.fill(np.nan)
             self._failure("influence", error)
-        self.scores[batch.out_cache_loc] = torch.from_numpy(marks).to(self.scores.device)
+            self.scores.fill_(torch.nan)
 
     def _watch(self, reqs: list[Req], batch: ForwardBatch, marks: np.ndarray, relayed: bool) -> None:
         stops = batch.seq_lens.tolist()
@@ -186,10 +195,13 @@ class Influence:
 
     def end(self) -> None:
         """The pass has succeeded."""
-        for w in self._watched:
-            if w.mass:
-                self.scores.index_add_(0, w.slots[w.own.start : -1], torch.stack(list(w.mass.values())).sum(0))
-        self._watched = []
+        watched, self._watched = self._watched, []
+        try:
+            for w in watched:
+                if w.mass:
+                    self.scores.index_add_(0, w.slots[w.own.start : -1], torch.stack(list(w.mass.values())).sum(0))
+        except Exception as error:
+            self._failure("influence", error)
 
 
 def influence_reason(runner: Any, config: RelayConfig, args: Any) -> str | None:

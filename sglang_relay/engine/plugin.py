@@ -20,6 +20,11 @@ from sglang_relay.config import ConfigError, load_config
 if TYPE_CHECKING:
     from sglang.srt.mem_cache.registry import TreeCacheBuildContext
 
+    from sglang_relay.config import RelayConfig
+    from sglang_relay.engine.consensus import Consensus
+    from sglang_relay.engine.tools import ForwardTools
+    from sglang_relay.engine.tree import RelayCache
+
 logger = logging.getLogger(__name__)
 
 SHARED = "relay"
@@ -50,7 +55,6 @@ def build_tree(ctx: TreeCacheBuildContext) -> Any:
     from sglang.srt.runtime_context import get_memory, get_observability, get_schedule
 
     from sglang_relay.engine import hooks as hooking
-    from sglang_relay.engine.backend import attention_of, ops_of
     from sglang_relay.engine.calibration import calibrate_costs
     from sglang_relay.engine.certified import (
         bands,
@@ -60,7 +64,6 @@ def build_tree(ctx: TreeCacheBuildContext) -> Any:
         warn_of_other_settings,
     )
     from sglang_relay.engine.consensus import Consensus
-    from sglang_relay.engine.graphs import PrefillGraphs
     from sglang_relay.engine.guards import server_reasons
     from sglang_relay.engine.hidden import hidden_of, hidden_reason
     from sglang_relay.engine.influence import influence_of, influence_reason
@@ -68,7 +71,6 @@ def build_tree(ctx: TreeCacheBuildContext) -> Any:
     from sglang_relay.engine.namespaces import new_secret
     from sglang_relay.engine.report import Metrics
     from sglang_relay.engine.served import with_profile
-    from sglang_relay.engine.tools import ForwardTools
     from sglang_relay.engine.tree import RelayCache
     from sglang_relay.index import warm_up
 
@@ -80,7 +82,8 @@ def build_tree(ctx: TreeCacheBuildContext) -> Any:
     if not isinstance(tree, RelayCache):
         raise ConfigError(f"radix_cache_backend={SHARED}: SGLang built a {type(tree).__name__} instead")
     consensus = Consensus(ctx.params.tp_cache_group)
-    rotary = None if reasons else _rotary(runner, reasons)
+    chunk = _chunk(get_schedule().chunked_prefill_size)
+    tools = _tools(runner, config, consensus, tree, chunk, reasons)
     warm_up()
     secret, base = consensus.broadcast((new_secret(), secrets.randbits(60) | 1))  # type: ignore[misc]
     args = SimpleNamespace(**ctx.server_args.resolved_dict())
@@ -96,7 +99,7 @@ def build_tree(ctx: TreeCacheBuildContext) -> Any:
         consensus,
         num_layers=runner.model_config.num_hidden_layers,
         pool_slots=0 if reasons else runner.token_to_kv_pool.k_buffer[0].shape[0],
-        chunk=(chunk := _chunk(get_schedule().chunked_prefill_size)),
+        chunk=chunk,
         secret=secret,
         base=base,
         isolated=isolated,
@@ -113,27 +116,16 @@ def build_tree(ctx: TreeCacheBuildContext) -> Any:
         relay.hidden_missing = missing_hidden
     elif not reasons:
         relay.keep_hidden(hidden_of(runner, first, relay.failure))
-    if rotary is not None:
-        relay.tools = ForwardTools(
-            runner=runner,
-            rotary=rotary,
-            attention=attention_of(runner, config.attention),
-            ops=ops_of(runner, rotary, config.probe_queries),
-            probe_queries=config.probe_queries,
-            graphs=PrefillGraphs(runner) if config.graphs == "auto" else None,
-            hidden=relay.hidden,
-            influence=relay.influence,
-            consensus=consensus,
-            failure=relay.failure,
-        )
-        if relay.costs is not None:
-            calibrate_costs(relay, relay.tools, relay.costs, chunk)
+    if tools is not None:
+        relay.tools = replace(tools, hidden=relay.hidden, influence=relay.influence, failure=relay.failure)
+        if relay.costs is not None and (reason := calibrate_costs(relay, relay.tools, relay.costs, chunk)):
+            relay.unsupported.append(reason)
     hooks = hooking.SchedulerHooks(relay, lambda: _state(relay, table, isolated, settings))
     table = hooks.table()
     hooking.install(table)
     if absent := hooking.missing(table):
-        relay.unsupported.append("hook_missing")
         logger.error("relay: hooks not applied, relay stays off: %s", ", ".join(absent))
+    relay.unsupported += consensus.union(["hook_missing"] if absent else [])
     tree.relay = relay
     if ctx.tp_rank == 0:
         if get_observability().enable_metrics:
@@ -146,6 +138,49 @@ def build_tree(ctx: TreeCacheBuildContext) -> Any:
 def _chunk(size: int | None) -> int | None:
     """Most rows of a prefill forward; -1 is SGLang's for no limit (managers/scheduler.py, ``init_chunked_prefill``)."""
     return size if size is not None and size > 0 else None
+
+
+def _tools(
+    runner: Any, config: RelayConfig, consensus: Consensus, tree: RelayCache, chunk: int | None, reasons: list[str]
+) -> ForwardTools | None:
+    """What this server relays with, or None where it cannot; ``reasons``, why not, are the same on all ranks then."""
+    from sglang_relay.engine.backend import attention_of, ops_of
+    from sglang_relay.engine.collectives import build_sums
+    from sglang_relay.engine.graphs import PrefillGraphs
+    from sglang_relay.engine.split_check import split_reason
+    from sglang_relay.engine.tools import ForwardTools
+
+    reasons[:] = consensus.union(reasons)
+    rotary = None if reasons else _rotary(runner, reasons)
+    reasons[:] = consensus.union(reasons)
+    if reasons or rotary is None:
+        return None
+    if (failure := build_sums(consensus, runner.device)) is not None:
+        logger.warning("relay: the ranks cannot sum what they measure", exc_info=failure)
+        reasons.append("rank_sums_failed")
+        return None
+    tools = ForwardTools(
+        runner=runner,
+        rotary=rotary,
+        attention=attention_of(runner, config.attention),
+        ops=ops_of(runner, rotary, config.probe_queries),
+        probe_queries=config.probe_queries,
+        graphs=PrefillGraphs(runner) if config.graphs == "auto" else None,
+        hidden=None,
+        influence=None,
+        consensus=consensus,
+        failure=_log_failure,
+    )
+    if (reason := split_reason(tree, tools, chunk)) is not None:
+        reasons.append(reason)
+        return None
+    return tools
+
+
+def _log_failure(where: str, error: BaseException) -> str:
+    """Of a start-up check, before there is a relay that counts."""
+    logger.warning("relay: %s failed at start-up", where, exc_info=error)
+    return f"internal_error:{where}"
 
 
 def _rotary(runner: Any, reasons: list[str]) -> Any:

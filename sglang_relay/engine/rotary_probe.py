@@ -17,8 +17,8 @@ from sglang.srt.runtime_context import get_model
 
 from sglang_relay.rotary import DeltaRotary
 
-_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 4e-2, torch.float16: 5e-3}
-"""Largest relative error of a key; bf16 keys are rounded once directly and once after the delta rotation."""
+ROUNDING = {torch.float32: 1e-4, torch.bfloat16: 4e-2, torch.float16: 5e-3}
+"""Largest relative error of a key that is rounding, by dtype."""
 
 
 class _Recorder(AttentionBackend):
@@ -51,20 +51,28 @@ def unrotated_layers(runner: Any, rotary: DeltaRotary) -> list[int]:
     target = source + min(1009, rotary.positions - len(source))
     hidden = torch.randn(len(source), runner.model_config.hidden_size, generator=torch.Generator().manual_seed(0))
     hidden = hidden.to(device=device, dtype=runner.dtype)
+    modules = {name: m for name, m in model.named_modules() if isinstance(m, RadixAttention)}
+    # All layers run before anything of them is looked at: what fails on one rank fails behind the last collective.
+    keys = {
+        name: [_keys(runner, parents[name.rpartition(".")[0]], positions, hidden) for positions in (source, target)]
+        for name in modules
+    }
     cos, sin = rotary.factors(source, target)
-    for name, module in model.named_modules():
-        if not isinstance(module, RadixAttention):
-            continue
-        owner = parents[name.rpartition(".")[0]]
-        keys = [_keys(runner, owner, positions, hidden) for positions in (source, target)]
-        shaped = [k.view(len(source), module.tp_k_head_num, module.qk_head_dim).float() for k in keys]
+    for name, module in modules.items():
+        shaped = [_found(k).view(len(source), module.tp_k_head_num, module.qk_head_dim).float() for k in keys[name]]
         error = (rotary.rotate(shaped[0], cos, sin) - shaped[1]).norm() / shaped[1].norm()
-        if not error <= _TOLERANCE[runner.dtype]:
+        if not error <= ROUNDING[runner.dtype]:
             wrong.append(module.layer_id)
     return wrong
 
 
-def _keys(runner: Any, owner: torch.nn.Module, positions: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+def _found(key: torch.Tensor | None) -> torch.Tensor:
+    if key is None:
+        raise RuntimeError("attention was not reached")
+    return key
+
+
+def _keys(runner: Any, owner: torch.nn.Module, positions: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor | None:
     n, device = len(positions), positions.device
     batch = ForwardBatch(
         forward_mode=ForwardMode.EXTEND,
@@ -82,6 +90,4 @@ def _keys(runner: Any, owner: torch.nn.Module, positions: torch.Tensor, hidden: 
         forward_context(ForwardContext(attn_backend=recorder), forward_batch=batch),
     ):
         owner(positions=positions, hidden_states=hidden.clone(), forward_batch=batch)
-    if recorder.key is None:
-        raise RuntimeError("attention was not reached")
     return recorder.key

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
-from sglang.srt.runtime_context import get_parallel
 
 from sglang_relay.attention import Interpolation, parts_of
 from sglang_relay.engine.backend import AttentionProbe, DeviationProbe, RelayAttentionBackend
+from sglang_relay.engine.collectives import sum_over_ranks
 from sglang_relay.engine.layout import Layout, Span
 from sglang_relay.engine.probing import ProbePass
 from sglang_relay.engine.tools import ForwardTools
@@ -18,6 +18,8 @@ from sglang_relay.policies import KEYS_AND_VALUES, Policy, PromptView, row_layer
 from sglang_relay.transfer import read_back
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from sglang_relay.engine.influence import Influence
 
 
@@ -50,6 +52,29 @@ class _Asked(NamedTuple):
     keep: torch.Tensor
 
 
+class _Sum:
+    """Of what the ranks measure, float32 [n], in memory that was taken when all of them could still leave: until it is
+    summed nothing may fail on one rank alone."""
+
+    def __init__(self, length: int, device: torch.device) -> None:
+        self.values = torch.zeros(length, dtype=torch.float32, device=device)
+        self.failure: Exception | None = None
+
+    def over_ranks(self, measured: Callable[[], torch.Tensor]) -> None:
+        """A collective. A rank that fails to read what it ``measured`` takes part with what is there."""
+        try:
+            self.values.copy_(measured())
+        except Exception as error:
+            self.failure = error
+        self.values = sum_over_ranks(self.values)
+
+    def read(self) -> torch.Tensor:
+        """Raises on the ranks that failed."""
+        if self.failure is not None:
+            raise self.failure
+        return self.values
+
+
 class Selection:
     """One forward's. First what will be measured is asked for (``measure_*``), then, behind the layers that measure it,
     ``collect`` and ``with_selected``; a policy without a signal needs the last one only."""
@@ -61,8 +86,8 @@ class Selection:
         self._backend = backend
         plans = len(layout.plans)
         self._spans = [layout.approximate(number) for number in range(plans)]
-        self._signals: list[torch.Tensor | None] = [None] * plans
-        self._influence: list[torch.Tensor | None] = [None] * plans
+        self._signal: _Sum | None = None
+        self._influence: _Sum | None = None
         self._probing: ProbePass | None = None
         self._selected = [0] * plans
         self._layers = [0.0] * plans
@@ -96,6 +121,9 @@ class Selection:
             index = layout.tensor(np.searchsorted(rows, layout.rows_of(spans)))
             heads, donors = self._tools.runner.token_to_kv_pool.head_num, layout.donor_slots(spans)
             self._backend.deviation = DeviationProbe(self._policy.detect, heads, index, donors)
+            self._signal = _Sum(len(index) + 1, layout.device)
+            if self._tools.influence is not None and self._policy.reads_influence:
+                self._influence = _Sum(len(index), layout.device)
 
     def measure_attention(self, probing: ProbePass) -> None:
         """Of the queries of ``probing`` to the reused tokens, in all layers."""
@@ -104,49 +132,42 @@ class Selection:
         scores = tools.ops.probe.plan(asked, dtype=tools.runner.dtype, device=self._layout.device)
         self._backend.probe = AttentionProbe(scores, layers)
         self._probing = probing
+        if asked:
+            self._signal = _Sum(sum(len(queries.wanted) for queries in asked), self._layout.device)
         for number, queries in probing.asked:
             self.charge(number, len(queries.rows) * row_layers(layers))
         for number, rows in enumerate(probing.repeated):
             self.charge(number, rows * layers)
 
     def collect(self) -> None:
-        """Sum over the ranks what they measured. Collectives: a rank whose measurement failed takes part with zeros,
-        and is found out by the agreement after it."""
-        if self._policy.probes:
-            self._signals = self._attention_scores()
-            self._backend.probe = None
-            return
-        self._signals = self._deviations()
-        if self._tools.influence is not None and self._policy.reads_influence:
-            self._influence = self._influences(self._tools.influence)
+        """Sum over the ranks what they measured. Collectives, and nothing else that could fail: a rank whose
+        measurement failed takes part, and is found out by the agreement after it (``with_selected`` raises)."""
+        probe, deviation = self._backend.probe, self._backend.deviation
+        if self._signal is not None and probe is not None:
+            self._signal.over_ranks(lambda: torch.cat(probe.scores.totals()))
+        elif self._signal is not None and deviation is not None:
+            self._signal.over_ranks(lambda: _with_heads(deviation))
+        self._backend.probe = None
+        if self._influence is not None and (collected := self._tools.influence) is not None:
+            self._influence.over_ranks(lambda: self._own_influence(collected))
 
-    def _deviations(self) -> list[torch.Tensor | None]:
-        """Per plan, float32 [n]: mean of 1 - cosine over the KV heads of all ranks, equal on all of them."""
-        probe = self._backend.deviation
-        if probe is None:
-            return [None] * len(self._spans)
-        heads = probe.distance_sum.new_full((1,), probe.heads)
-        packed = _sum_over_ranks(torch.cat((probe.distance_sum, heads)))
-        return self._by_plan(packed[:-1] / packed[-1])
+    def _own_influence(self, collected: Influence) -> torch.Tensor:
+        """float32 [n]: what the donors' tokens received while they were decoded, over this rank's heads; NaN for those
+        without."""
+        return collected.of(self._layout.donor_slots(self._layout.approximate()))
 
-    def _influences(self, collected: Influence) -> list[torch.Tensor | None]:
-        """Per plan, float32 [n]: what the donors' tokens received while they were decoded, over the heads of all ranks;
-        NaN for those without."""
-        spans = self._layout.approximate()
-        if not spans:
-            return [None] * len(self._spans)
-        return self._by_plan(_sum_over_ranks(collected.of(self._layout.donor_slots(spans))))
-
-    def _attention_scores(self) -> list[torch.Tensor | None]:
-        """Per plan, float32 [n]: the probe's scores over the heads of all ranks; None for plans that do not end
-        here."""
+    def _signals(self) -> list[torch.Tensor | None]:
+        """Per plan, over the heads of all ranks and equal on all of them, float32 [n]: mean of 1 - cosine over the KV
+        heads, or the probe's scores; None for plans without (that do not end here)."""
         signals: list[torch.Tensor | None] = [None] * len(self._spans)
-        probe, probing = self._backend.probe, self._probing
-        scores = [] if probe is None else probe.scores.totals()
-        if scores and probing is not None:
-            parts = _sum_over_ranks(torch.cat(scores)).split([s.numel() for s in scores])
-            for (number, _), part in zip(probing.asked, parts, strict=True):
-                signals[number] = part
+        if self._signal is None:
+            return signals
+        summed = self._signal.read()
+        if self._probing is None:
+            return self._by_plan(summed[:-1] / summed[-1])
+        parts = summed.split([len(queries.wanted) for _, queries in self._probing.asked])
+        for (number, _), part in zip(self._probing.asked, parts, strict=True):
+            signals[number] = part
         return signals
 
     def _by_plan(self, values: torch.Tensor) -> list[torch.Tensor | None]:
@@ -182,10 +203,11 @@ class Selection:
         return np.flatnonzero(active)
 
     def _ask(self) -> list[_Asked]:
-        asked = []
+        asked, signals = [], self._signals()
+        influences = [None] * len(signals) if self._influence is None else self._by_plan(self._influence.read())
         for number, (spans, plan) in enumerate(zip(self._spans, self._layout.plans, strict=True)):
-            if spans and (self._signals[number] is not None or self._policy.signal == "none"):
-                view = self._view(spans, self._signals[number], self._influence[number])
+            if spans and (signals[number] is not None or self._policy.signal == "none"):
+                view = self._view(spans, signals[number], influences[number])
                 keep = self._policy.select(view, plan.budget)
                 asked.append(_Asked(number, view, self._layout.rows_of(spans), keep))
         return asked
@@ -211,6 +233,6 @@ class Selection:
             )
 
 
-def _sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
-    group = get_parallel().tp_group
-    return values if group.world_size == 1 else group.all_reduce(values)
+def _with_heads(probe: DeviationProbe) -> torch.Tensor:
+    """float32 [n + 1]: this rank's sums, and over how many KV heads they go."""
+    return torch.cat((probe.distance_sum, probe.distance_sum.new_full((1,), probe.heads)))

@@ -1,10 +1,11 @@
 """A set of rows that runs through a range of layers: one call of ``model.forward_split_prefill``.
 
-Stages are calls (models/llama.py and 12 more have the method), not hooks on the layers. A hook that swaps rows has to
+Stages are calls (models/llama.py and 17 more have the method), not hooks on the layers. A hook that swaps rows has to
 replace the positions of every later layer, needs a special case after the last layer, stays installed while the server
 decodes, and when it does not fire nobody notices. A stage is a plain call with its own ForwardBatch; between two calls
 the rows move through the residual stream's own export and hand-off, which complete an all-reduce that tensor
-parallelism may still owe. The price: models without the method are served stock (``model_without_layer_split``).
+parallelism may still owe. The price: models without the method are served stock (``model_without_layer_split``), and
+those whose method does something else (``split_check.py``).
 """
 
 from __future__ import annotations
