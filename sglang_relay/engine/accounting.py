@@ -37,7 +37,7 @@ def begin_chunk(req: Req, state: RelayRequest, depths: DepthMap) -> bool:
     found = Approximation(0, req.prefix_len)
     if state.relays and req.prefix_len:
         found = depths.look_up(req.extra_key, tokens_of(req), req.prefix_len)
-    state.depth = state.report["depth"] = found.depth
+    state.depth = state.inherited_depth = state.report["depth"] = found.depth
     prompt = len(req.origin_input_ids)
     state.report["exact"] = _in_prompt(0, found.start, prompt)
     state.report["approximate"] = state.inherited = _in_prompt(found.start, req.prefix_len, prompt)
@@ -101,6 +101,19 @@ def count_fallback(req: Req, state: RelayRequest, plan: RelayPlan, policy: Polic
         state.report[_kind(s, policy)] -= inside
         state.report["fresh"] += inside
         state.report["segments"] -= not s.exact
+
+
+def count_recomputed(req: Req, state: RelayRequest) -> None:
+    """What earlier chunks had placed has been computed by full prefill, and so is fresh, and may be published."""
+    prompt = len(req.origin_input_ids)
+    for placed in state.placed:
+        inside = _in_prompt(placed.start, placed.stop, prompt)
+        state.report["relayed"] -= inside
+        state.report["fresh"] += inside
+        state.report["segments"] -= 1
+        state.reused -= placed.stop - placed.start
+    state.pending = None
+    state.depth = state.report["depth"] = state.inherited_depth
 
 
 def note_pending(state: RelayRequest, plan: RelayPlan, policy: Policy) -> None:

@@ -14,6 +14,7 @@ from sglang_relay.engine.adder import adder_class
 from sglang_relay.engine.fallback import relay_forward
 from sglang_relay.engine.manager import BatchPlan, RelayManager
 from sglang_relay.engine.quotes import repair_quotes
+from sglang_relay.engine.recompute import recompute_placed
 from sglang_relay.engine.report import streamer_class
 
 SOURCE = HookSource(plugin_name="relay", dist_name="sglang-relay")
@@ -130,13 +131,18 @@ class SchedulerHooks:
         return output
 
     def _forward(self, original: Callable[..., Any], runner: Any, batch: Any, *args: Any, **kwargs: Any) -> Any:
-        planned, tools = self._running, self.relay.tools
+        planned, tools, reqs = self._running, self.relay.tools, self._reqs
+
+        def stock(*given: Any, **named: Any) -> Any:
+            recompute_placed(original, self.relay, runner, reqs, batch)
+            return original(*given, **named)
+
         if planned is None or tools is None:
             costs = self.relay.costs
-            run = original if costs is None else functools.partial(costs.time_stock, original)
+            run = stock if costs is None else functools.partial(costs.time_stock, stock)
             return run(runner, batch, *args, **kwargs)
         self._running = None  # a failed relay forward calls the stock forward, which must not come back here
-        return relay_forward(original, self.relay, tools, planned, runner, batch, *args, **kwargs)
+        return relay_forward(stock, self.relay, tools, planned, runner, batch, *args, **kwargs)
 
     def update_weights(self, original: Callable[..., Any], updater: Any, *args: Any, **kwargs: Any) -> Any:
         waiting = [*updater.scheduler.waiting_queue, *_grammar_queue(updater.scheduler)]

@@ -11,15 +11,16 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
-from sglang.srt.managers.schedule_batch import ScheduleBatch
-from sglang.srt.model_executor.forward_batch_info import ForwardBatch, ForwardMode
 
+from sglang_relay.engine.extend import extend_batch
 from sglang_relay.engine.forward import StagedForward
 from sglang_relay.engine.manager import BatchPlan
 from sglang_relay.plan import Decline
 from sglang_relay.policies.rotate import Rotate
 
 if TYPE_CHECKING:
+    from sglang.srt.model_executor.forward_batch_info import ForwardBatch
+
     from sglang_relay.engine.consensus import Consensus
     from sglang_relay.engine.tools import ForwardTools
     from sglang_relay.engine.tree import RelayCache
@@ -35,31 +36,11 @@ class MadeUp:
         self.slots = slots
 
     def batch(self, context: int, count: int, requests: slice = slice(None)) -> ForwardBatch:
-        """Tokens ``[context, context + count)`` of each of the ``requests``, through SGLang's own way to a
-        ForwardBatch."""
+        """Tokens ``[context, context + count)`` of each of the ``requests``."""
         runner, device, stop, rows = self._runner, self.slots.device, context + count, self.rows[requests]
-        n = len(rows)
-        batch = ScheduleBatch.init_new(
-            [],
-            runner.req_to_token_pool,
-            self._tree.token_to_kv_pool_allocator,
-            self._tree,
-            runner.model_config,
-            False,
-            runner.spec_algorithm,
-        )
-        batch.forward_mode = ForwardMode.EXTEND
         numbers = torch.arange(len(self.rows), device=device)[requests, None] * count
         tokens = (numbers + torch.arange(context, stop, device=device)) % runner.model_config.vocab_size
-        batch.input_ids = tokens.flatten()
-        batch.req_pool_indices, batch.req_pool_indices_cpu = torch.tensor(rows, device=device), torch.tensor(rows)
-        batch.seq_lens, batch.seq_lens_cpu = torch.tensor([stop] * n, device=device), torch.tensor([stop] * n)
-        batch.orig_seq_lens = batch.seq_lens.to(torch.int32)
-        batch.seq_lens_sum = stop * n
-        batch.out_cache_loc = self.slots[requests, context:stop].flatten()
-        batch.prefix_lens, batch.extend_lens, batch.extend_num_tokens = [context] * n, [count] * n, count * n
-        batch.extend_logprob_start_lens = [count] * n
-        return ForwardBatch.init_new(batch, runner, return_hidden_states_before_norm=False)
+        return extend_batch(runner, self._tree, rows, tokens, self.slots[requests, context:stop], context)
 
 
 @contextmanager

@@ -112,7 +112,7 @@ class RelayManager:
         self.matcher = Matcher(config, self.donors, learning.depths, self.namespaces, self.costs, chunk)
         self.layers = config.resolve_layer_range(num_layers)
         self.num_layers = num_layers
-        self._chunk = chunk
+        self.chunk = chunk
         self._policies = make_policies(config, num_layers)
         for name, budget in budgets.items():
             self._policies[name].default_budget = budget
@@ -316,7 +316,7 @@ class RelayManager:
         return planned
 
     def _broken_invariant(self, batch: ScheduleBatch) -> str | None:
-        broken = broken_invariant(batch, self._chunk)
+        broken = broken_invariant(batch, self.chunk)
         if broken is not None:
             self.stats.failures += 1
             self.log_once(broken, f"an admitted batch breaks an invariant of SGLang's scheduler: {broken}")

@@ -158,7 +158,8 @@ class RelayRequest:
     """Reused approximate tokens of this attempt, and token-layers that ran on account of their repair."""
     inherited: int = 0
     inherited_stop: int = 0
-    """Prompt tokens found in the tree whose KV is approximate, and where they end; quotes of them are repaired, too."""
+    inherited_depth: int = 0
+    """Prompt tokens found in the tree whose KV is approximate, where they end, and their depth."""
     influence: Collected | None = None
     """What its decoding has collected (engine/influence.py)."""
     own: list[tuple[int, int]] = field(default_factory=list)
