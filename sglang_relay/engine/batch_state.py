@@ -38,7 +38,8 @@ SHARED = frozenset(
         *("sampling_info", "temperature", "top_p", "next_token_logits_buffer", "capture_hidden_mode"),
         *("watermark_prompt_tail_ids", "watermark_context_hash_history", "return_hidden_states_before_norm"),
         # What kind of step it is, for schedulers and graphs.
-        *("is_extend_in_batch", "global_forward_mode", "contains_last_prefill_chunk", "spec_algorithm", "split_index"),
+        *("is_prefill_only", "is_extend_in_batch", "global_forward_mode", "contains_last_prefill_chunk"),
+        *("spec_algorithm", "split_index"),
         *("can_run_decode_cuda_graph", "can_run_dp_draft_cuda_graph", "can_run_dp_prefill_cuda_graph"),
         # Of SGLang's attention backends, in whose place a stage has its own (backend.py).
         *("kv_loc_plan", "kv_loc_cols", "out_cache_loc_is_physical", "forward_metadata_ready"),
