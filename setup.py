@@ -8,7 +8,7 @@ HERE = Path(__file__).parent
 
 setup(
     name="sglang-relay",
-    version="0.6.0",
+    version="0.7.0",
     description="Reuse the KV cache of decoded text at new prompt positions, on stock SGLang",
     long_description=(HERE / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
