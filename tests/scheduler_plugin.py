@@ -264,6 +264,19 @@ def _corrupt_copy() -> Any:
     return torch_ops, "realign", corrupting
 
 
+def _counted_short() -> Any:
+    """Chunks seem to end 40 tokens early, as where SGLang takes a part of a prompt for all of it."""
+    from sglang_relay.engine import manager
+
+    original = manager.count_chunk
+
+    def count_chunk(req: Any, state: Any, *args: Any) -> None:
+        original(req, state, *args)
+        state.reached -= 40
+
+    return manager, "count_chunk", count_chunk
+
+
 def _places(scheduler: Any) -> dict[str, Any]:
     from sglang_relay import index
     from sglang_relay.attention import Interpolation, engines
@@ -288,6 +301,7 @@ def _places(scheduler: Any) -> dict[str, Any]:
         "rotation": _wrong_rotation(),
         "stale": _stale_donor(scheduler),
         "corrupt": _corrupt_copy(),
+        "counted_short": _counted_short(),
     }
 
 

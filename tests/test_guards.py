@@ -435,6 +435,8 @@ def test_an_embedding_server(model: Path) -> None:
         ("deterministic_inference", "enable_deterministic_inference", True),
         ("diffusion_llm", "dllm_algorithm", "LowConfidence"),
         ("elastic_ep", "elastic_ep_backend", "mooncake"),
+        ("expert_statistics", "enable_eplb", True),
+        ("expert_statistics", "expert_distribution_recorder_mode", "stat"),
         ("retraction_host_backup", "disaggregation_decode_retraction_backup", "host_pool"),
         ("external_kv_store", "enable_lmcache", True),
         ("external_kv_store", "enable_unified_cache_external_linker", True),

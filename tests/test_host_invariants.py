@@ -132,6 +132,28 @@ def test_a_prompt_whose_last_chunk_runs_stock_is_answered_exactly(pair: Pair, rn
         same(again, ask(pair.stock, [7, *prompt], 12, return_logprob=True))
 
 
+@pytest.mark.parametrize(
+    "params", [{"relay": "off"}, {"relay_policy": "rotate", "relay_donate": "all"}], ids=["off", "on"]
+)
+def test_an_answer_to_a_part_of_a_prompt_is_not_published(
+    pair: Pair, rng: random.Random, params: dict[str, Any]
+) -> None:
+    """Neither in the tree nor to others: behind that part its KV is of other tokens."""
+    prompt = tokens(100, rng)
+    where: dict[str, Any] = {} if "relay" in params else {"namespace": {"tier": "rotate"}}
+    pair.inspector.break_(pair.relay, "counted_short")
+    try:
+        answer = ask(pair.relay, prompt, 40, params)
+    finally:
+        pair.inspector.break_(pair.relay, None)
+    held = pair.inspector.rows(pair.relay, [*prompt, *answer["output_ids"]], **where)
+    assert len(held) <= 60
+    whole = ask(pair.relay, [9, *prompt[1:]], 40, params)
+    assert len(pair.inspector.rows(pair.relay, [9, *prompt[1:], *whole["output_ids"]], **where)) >= 128
+    others = report_of(ask(pair.relay, [*tokens(20, rng), *answer["output_ids"], *tokens(5, rng)], 1))
+    assert others["relayed"] + others["recomputed"] == 0
+
+
 KINDS = ("exact", "approximate", "relayed", "recomputed", "fresh")
 POLICIES = ("rotate", "legolink", "probe", "relay", "cacheblend", "full")
 

@@ -51,6 +51,8 @@ def _deployment(args: Any) -> list[tuple[str, bool]]:
         ("deterministic_inference", on("enable_deterministic_inference")),
         ("diffusion_llm", args.dllm_algorithm is not None),
         ("elastic_ep", args.elastic_ep_backend is not None),
+        # A relayed forward is none of those whose experts are counted.
+        ("expert_statistics", on("enable_eplb") or args.expert_distribution_recorder_mode is not None),
         ("retraction_host_backup", args.disaggregation_decode_retraction_backup not in (None, "none")),
         ("external_kv_store", on("enable_lmcache") or on("enable_unified_cache_external_linker")),
         ("unified_memory", on("enable_unified_memory")),
