@@ -34,7 +34,10 @@ def broken_invariant(batch: ScheduleBatch, chunk: int | None) -> str | None:
     return None
 
 
-def answered_too_early(req: Req, state: RelayRequest) -> bool:
-    """Whether ``req`` has an output before its prompt was computed: behind ``state.reached`` its KV is of other tokens
-    than its path says."""
-    return bool(req.output_ids) and 0 <= state.reached < len(req.origin_input_ids)
+def answered_too_early(req: Req, state: RelayRequest, up_to: int) -> bool:
+    """Whether ``req``, of which ``up_to`` tokens are to be published, has an output before its prompt was computed:
+    behind ``state.reached`` its KV is of other tokens than its path says.
+
+    A retracted request keeps its output while its prompt is computed again, in chunks: each publishes no more than is
+    computed."""
+    return bool(req.output_ids) and 0 <= state.reached < min(up_to, len(req.origin_input_ids))

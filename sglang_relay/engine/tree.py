@@ -35,7 +35,7 @@ class RelayCache(UnifiedRadixCache):
         if self._capture is not None and req.finished():
             self._capture.take(req, up_to)  # before the insert, which may give slots up for the tree's own
         state = relay_of(req)
-        early = state is not None and answered_too_early(req, state)
+        early = state is not None and answered_too_early(req, state, up_to)
         if early and self.relay is not None:
             self.relay.log_once("host_invariant", f"request {req.rid!r} has an answer before its prompt was computed")
         if state is not None and (early or state.pending is not None):
