@@ -362,7 +362,7 @@ def test_probe_in_chunks(tmp_path: Path) -> None:
     """The first chunk ends within the third segment."""
     model = make_tiny_llama(tmp_path)
     env = {"SGLANG_RELAY_PROBE_QUERIES": "12", **NO_AUDIT}
-    args = ("--radix-cache-backend", "relay", "--dtype", "float32", "--chunked-prefill-size", 64)
+    args = ("--radix-cache-backend", "relay", "--dtype", "float32", "--chunked-prefill-size", 160)
     with Server(model, *args, "--max-total-tokens", 8192, env=env) as server:
         world = World(TINY, server, Reference(model))
         prompt = world.prompt(CASES["three"]._replace(tail=50))

@@ -16,6 +16,7 @@ from reference import Reference
 from sglang_relay.config import RelayConfig
 from sglang_relay.cost import TRIAL_EVERY
 from sglang_relay.engine.consensus import digest_of
+from sglang_relay.engine.requests import KINDS
 from sglang_relay.measure.server import Server
 
 VOCAB = 1024
@@ -59,8 +60,7 @@ def test_what_is_shipped_serves_relays_and_watches_itself(server: Server, refere
         prompt = [*random_tokens(rng.randrange(5, 200), rng, VOCAB), *text[:reused], *random_tokens(tail, rng, VOCAB)]
         answer = ask(server, prompt, 4, trial=number < 4, relay_donate="none")
         report = answer["meta_info"]["relay"]
-        parts = [report[name] for name in ("exact", "relayed", "recomputed", "fresh")]
-        assert sum(parts) == len(prompt) and len(answer["output_ids"]) == 4, report
+        assert sum(report[kind] for kind in KINDS) == len(prompt) and len(answer["output_ids"]) == 4, report
         assert report["declined"] in (None, "predicted_slower", "audited"), report
         if report["declined"] is None:
             assert (report["relayed"] + report["recomputed"], report["segments"]) == (reused, 1), report

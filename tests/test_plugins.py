@@ -78,7 +78,9 @@ def test_installed_but_not_selected_changes_nothing(model: Path, tmp_path: Path)
         assert a["output_ids"] == b["output_ids"] and logprobs(a) == logprobs(b)
         assert "relay" not in a["meta_info"]
     assert hooked == [
+        "sglang.srt.managers.multi_tokenizer_mixin.write_data_for_multi_tokenizer",
         "sglang.srt.managers.tokenizer_manager.TokenizerManager.__init__",
         "sglang.srt.server_args.ServerArgs.add_cli_args",
+        "sglang.srt.server_args.ServerArgs.check_server_args",
         "sglang.srt.server_args.ServerArgs.from_cli_args",
     ], "start-up only"

@@ -13,6 +13,7 @@ import pytest
 import requests
 from tiny_model import make_tiny_llama
 
+from sglang_relay.engine.requests import KINDS
 from sglang_relay.measure.server import Server
 
 VOCAB = 1024
@@ -66,7 +67,7 @@ class Storm:
             assert meta in finished or number % every == which, f"failed, though nobody aborted it: {meta}"
         for meta in finished:
             report = meta["relay"]
-            counts = [report[kind] for kind in ("exact", "relayed", "recomputed", "fresh")]
+            counts = [report[kind] for kind in KINDS]
             assert min(counts) >= 0 and sum(counts) == meta["prompt_tokens"], meta
         return Tally(
             sum(m["relay"]["relayed"] + m["relay"]["recomputed"] for m in finished),
