@@ -346,6 +346,42 @@ def test_prefixes_stay_with_their_tenant(relay: Watched) -> None:
         assert as_tenant(relay, prompt, tenant)["meta_info"]["cached_tokens"] == len(prompt) - 1
 
 
+@pytest.mark.parametrize(
+    ("custom", "declined"),
+    [
+        ({"relay": "exact"}, "exact_requested"),
+        ({"relay": "off"}, "relay_off"),
+        ({"relay": "perhaps"}, "bad_custom_params"),
+        ({"relay_typo": 1}, "bad_custom_params"),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("scopes", [("a", "b"), ("a", None), (None, "a"), (5, "5"), ("", None)], ids=str)
+def test_exact_prefixes_stay_in_their_scope(
+    relay: Watched, custom: dict[str, Any], declined: str, scopes: tuple[Any, Any]
+) -> None:
+    """A request that names a scope is confined to it, however it is served, and even by a name that is not allowed."""
+    relay.flush()
+    prompt = tokens(100, 115)
+
+    def hits(scope: Any) -> int:
+        answer = relay.ask(prompt, {**custom, **({} if scope is None else {"relay_scope": scope})}, new=1)
+        assert answer["meta_info"]["relay"]["declined"] in (declined, "bad_custom_params")
+        return answer["meta_info"]["cached_tokens"]
+
+    assert [hits(scope) for scope in scopes] == [0, 0]
+    assert [hits(scope) for scope in scopes] == [len(prompt) - 1] * 2
+
+
+def test_a_scope_confines_on_a_server_that_cannot_relay(model: Path) -> None:
+    with Server(model, *FLAGS, "--radix-cache-backend", "relay", "--enable-session-radix-cache") as server:
+        asked = Watched(server, None)  # type: ignore[arg-type]
+        prompt = tokens(100, 116)
+        hits = [asked.ask(prompt, {"relay_scope": s}, new=1)["meta_info"]["cached_tokens"] for s in ("a", "b", "a")]
+        assert asked.ask(prompt, {}, new=1)["meta_info"]["relay"]["declined"].startswith("unsupported:")
+    assert hits == [0, 0, len(prompt) - 1]
+
+
 def as_tenant(relay: Watched, prompt: list[int], tenant: dict[str, str], new: int = 1) -> Any:
     fields = {k: v for k, v in tenant.items() if k != "relay_scope"}
     scope = {"relay_scope": tenant["relay_scope"]} if "relay_scope" in tenant else {}
@@ -361,7 +397,8 @@ def test_namespaces_of_different_tenants_or_tiers_differ(asked: list[tuple[tuple
     """For any client-chosen key and scope. (Salts are no part of it: they are a part of SGLang's own tree key.)"""
     namespaces = Namespaces("5ec4e7")
     keys = {(key, scope, tier): namespaces.key(Tenant(key, None, scope), tier) for (key, scope), tier in asked}
-    assert len(set(keys.values())) == len(keys)
+    exact = {(key, scope): namespaces.exact_key(Tenant(key, None, scope)) for (key, scope), _ in asked}
+    assert len({*keys.values(), *exact.values()}) == len(keys) + len(exact)
     old = set(keys.values())
     namespaces.epoch += 1
     assert not old & {namespaces.key(Tenant(key, None, scope), tier) for key, scope, tier in keys}

@@ -13,9 +13,11 @@ from sglang.srt.plugins.hook_registry import HookRegistry, HookSource, HookType
 from sglang_relay.engine.adder import adder_class
 from sglang_relay.engine.fallback import relay_forward
 from sglang_relay.engine.manager import BatchPlan, RelayManager
+from sglang_relay.engine.namespaces import Tenant
 from sglang_relay.engine.quotes import repair_quotes
 from sglang_relay.engine.recompute import recompute_placed
 from sglang_relay.engine.report import streamer_class
+from sglang_relay.engine.requests import named_scope
 
 SOURCE = HookSource(plugin_name="relay", dist_name="sglang-relay")
 
@@ -70,13 +72,13 @@ class SchedulerHooks:
     def create_request(self, req: Any, scheduler: Any, received: Any, *args: Any, **kwargs: Any) -> None:
         if is_health_check_generate_req(received):
             return  # the server's own: no client reads its report, and it is none of the requests that are counted
-        key, failed = req.extra_key, None
+        tenant, failed = Tenant(req.extra_key, req.cache_salt, named_scope(req.sampling_params.custom_params)), None
         try:
-            self.relay.adopt(req, has_multimodal=received.mm_inputs is not None)
+            self.relay.adopt(req, tenant, has_multimodal=received.mm_inputs is not None)
         except Exception as error:
             failed = self.relay.failure("adopt", error)
         try:
-            self.relay.agree_on(req, key, failed)
+            self.relay.agree_on(req, tenant, failed)
         except Exception as error:
             self.relay.failure("adopt", error)
 

@@ -137,12 +137,11 @@ class RelayManager:
 
     # ------------------------------------------------------------------ requests
 
-    def adopt(self, req: Req, *, has_multimodal: bool) -> None:
-        """Give a new request its relay state and, if it may relay, its namespace."""
-        tenant, why = Tenant(req.extra_key, req.cache_salt, None), None
+    def adopt(self, req: Req, tenant: Tenant, *, has_multimodal: bool) -> None:
+        """Give a new request of ``tenant`` its relay state and its namespace."""
+        req.extra_key, why = self.namespaces.exact_key(tenant), None
         try:
             controls = self._controls(req.sampling_params.custom_params)
-            tenant = tenant._replace(scope=controls.scope)
             declined = self._admission_reason(req, controls, tenant, has_multimodal)
         except Decline as decline:
             why = self.log_once(decline.reason, decline.detail)
@@ -165,16 +164,16 @@ class RelayManager:
     def _controls(self, params: Any) -> Controls:
         return read_controls(params, self.config, self._policies)
 
-    def agree_on(self, req: Req, key: str | None, failed: str | None) -> None:
-        """All ranks relay ``req`` in one namespace, or none does; ``key``: the client's extra_key."""
+    def agree_on(self, req: Req, tenant: Tenant, failed: str | None) -> None:
+        """All ranks relay ``req`` in one namespace, or none does."""
         if self.unsupported or self.consensus.agree(failed is None, digest_of(req.rid, req.extra_key)):
             return
         reason = failed or "ranks_disagree"
-        req.extra_key, req.relay = key, None  # type: ignore[attr-defined]
+        req.extra_key = self.namespaces.exact_key(tenant)
         controls = self._controls({"relay": "off"})
         report = new_report(None, reason)
         req.customized_info = {**(req.customized_info or {}), REPORT_KEY: [report]}
-        state = RelayRequest(controls, Tenant(key, req.cache_salt, None), self.namespaces.epoch, report, reason)
+        state = RelayRequest(controls, tenant, self.namespaces.epoch, report, reason)
         req.relay = state  # type: ignore[attr-defined]
         self.stats.decline(reason)
 

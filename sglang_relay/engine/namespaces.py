@@ -55,12 +55,18 @@ class Namespaces:
 
     def siblings(self, tenant: Tenant, tier: str) -> list[str | None]:
         """Keys of ``tenant`` other than its namespace in ``tier``: where a longer exact prefix may lie."""
-        # The exact namespace is shared by all scopes of a tenant, so a scoped request does not look there.
-        exact = [tenant.key] if self.exact_is_current and tenant.scope is None else []
+        exact = [self.exact_key(tenant)] if self.exact_is_current else []
         return [*exact, *(self.key(tenant, t) for t in self._tiers if t != tier)]
 
     def key(self, tenant: Tenant, tier: str) -> str:
         """The extra_key of a request of ``tenant`` in ``tier``. The client's key stays the suffix, where SGLang's KV
         events look for the LoRA id (sglang/srt/mem_cache/events.py)."""
-        scope = "" if tenant.scope is None else f"{len(tenant.scope)}:{tenant.scope}"
-        return f"{self.secret}/{self.epoch}/{tier}/{scope}/{tenant.key or ''}"
+        return f"{self.secret}/{self.epoch}/{tier}/{_scope(tenant)}/{tenant.key or ''}"
+
+    def exact_key(self, tenant: Tenant) -> str | None:
+        """The extra_key of a request of ``tenant`` that does not relay: the client's own where it names no scope."""
+        return tenant.key if tenant.scope is None else f"{self.secret}//{_scope(tenant)}/{tenant.key or ''}"
+
+
+def _scope(tenant: Tenant) -> str:
+    return "" if tenant.scope is None else f"{len(tenant.scope)}:{tenant.scope}"

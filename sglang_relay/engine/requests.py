@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -42,7 +43,6 @@ class Controls:
     policy: str
     budget: Budget | None
     donate: str
-    scope: str | None
     generated_from: int | None = None
     quote_tokens: int = 0
     other_quotes: bool = False
@@ -55,6 +55,19 @@ class Controls:
         return f"{tier}+quote_tokens={self.quote_tokens}" if self.other_quotes else tier
 
 
+def named_scope(params: Any) -> str | None:
+    """The scope that a request names, whatever else is wrong with it. One that is not allowed confines it all the same:
+    to requests that name the same."""
+    scope = params.get("relay_scope") if isinstance(params, Mapping) else None
+    if scope is None or _allowed(scope):
+        return scope
+    return "not allowed: " + hashlib.blake2b(repr(scope).encode("utf-8", "replace"), digest_size=16).hexdigest()
+
+
+def _allowed(scope: Any) -> bool:
+    return isinstance(scope, str) and 0 < len(scope) <= 256
+
+
 def read_controls(params: Any, config: RelayConfig, policies: Mapping[str, Policy]) -> Controls:
     """Raises Decline("bad_custom_params") when a ``relay*`` parameter has a value that is not allowed, and when
     ``params`` is neither an object nor None: SGLang takes what JSON can say."""
@@ -65,8 +78,7 @@ def read_controls(params: Any, config: RelayConfig, policies: Mapping[str, Polic
         raise Decline("bad_custom_params", f"unknown {', '.join(unknown)}; allowed are {', '.join(_KEYS)}")
     capture_name(given)
     name = _choice(given, "relay_policy", config.policy, POLICIES)
-    scope = given.get("relay_scope")
-    if scope is not None and not (isinstance(scope, str) and 0 < len(scope) <= 256):
+    if not _allowed(given.get("relay_scope", "any")):
         raise Decline("bad_custom_params", "relay_scope: allowed is a text of 1 to 256 characters")
     mode = _choice(given, "relay", config.default, _MODES)
     donate = _choice(given, "relay_donate", config.donate, _DONATE)
@@ -78,7 +90,6 @@ def read_controls(params: Any, config: RelayConfig, policies: Mapping[str, Polic
         policy=name,
         budget=_budget(given.get("relay_budget"), policies[name], config),
         donate="none" if mode == "off" else donate,
-        scope=scope,
         generated_from=_count(given, "relay_generated_from"),
         quote_tokens=quotes,
         other_quotes=follows and quotes != usual,
