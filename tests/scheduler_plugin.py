@@ -322,6 +322,25 @@ def break_(scheduler: Any, what: str | None) -> str | None:
     return what
 
 
+# ---------------------------------------------------------------------- audits
+
+
+def audit_every(scheduler: Any, every: int) -> None:
+    scheduler.tree_cache.relay.auditor._every = every
+
+
+def half_open(scheduler: Any, tier: str) -> None:
+    """The breaker of ``tier``, for requests without key, salt and scope, after gross audits and its rest."""
+    from sglang_relay.breaker import Action
+    from sglang_relay.engine.namespaces import Tenant
+
+    breaker = scheduler.tree_cache.relay.auditor.breakers.of(tier, Tenant(None, None, None).digest)
+    while breaker.admit().action is Action.RELAY:
+        breaker.record(float("inf"), breaker.admit().round)
+    while breaker.admit().action is Action.STOCK:
+        pass
+
+
 QUESTIONS: dict[str, Any] = {
     "rows": rows,
     "influence": influence,
@@ -335,4 +354,6 @@ QUESTIONS: dict[str, Any] = {
     "gather": gather,
     "secret": secret,
     "break": break_,
+    "audit_every": audit_every,
+    "half_open": half_open,
 }

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from sglang_relay.breaker import Verdict
+from sglang_relay.breaker import Breaker, Verdict
 from sglang_relay.budget import Budget, parse_budget
 from sglang_relay.config import POLICIES, RelayConfig
 from sglang_relay.engine.capture import capture_name
@@ -158,8 +158,9 @@ class RelayRequest:
     shortfall: str | None = "nothing_to_reuse"
     reached: int = -1
     depth: int = 0
+    breaker: Breaker | None = None
     verdict: Verdict | None = None
-    """What the breaker said, once donors were found."""
+    """Of its tier and tenant, and what it said, once donors were found."""
     pending: int | None = None
     """From here on the KV holds placed spans that the prompt's last chunk has yet to repair: not to be published."""
     placed: list[Placed] = field(default_factory=list)
