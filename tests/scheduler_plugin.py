@@ -10,6 +10,7 @@ import time
 from array import array
 from collections import Counter
 from pathlib import Path
+from types import FunctionType, MethodType, ModuleType
 from typing import Any
 
 from sglang.srt.plugins.hook_registry import HookRegistry, HookType
@@ -171,6 +172,23 @@ def widest(scheduler: Any) -> dict[str, int]:
         Stage.__init__ = counting
         _WATCHED.add(Stage)
     return found
+
+
+def kept_text(scheduler: Any) -> int:
+    """Characters of the longest text that the relay holds, not counting what requests and the tree do."""
+    relay = scheduler.tree_cache.relay
+    waiting: list[Any] = list(vars(relay).values())
+    seen = {id(one) for one in (scheduler, relay, relay.tree, relay.tools, relay.hidden, relay.influence)}
+    longest = 0
+    while waiting:
+        one = waiting.pop()
+        if id(one) in seen or isinstance(one, (type, ModuleType, FunctionType, MethodType)):
+            continue
+        seen.add(id(one))
+        if isinstance(one, (str, bytes)):
+            longest = max(longest, len(one))
+        waiting += gc.get_referents(one)
+    return longest
 
 
 def hooked(scheduler: Any) -> list[str]:
@@ -350,6 +368,7 @@ QUESTIONS: dict[str, Any] = {
     "pool": pool,
     "broken": broken,
     "widest": widest,
+    "kept_text": kept_text,
     "hooked": hooked,
     "gather": gather,
     "secret": secret,

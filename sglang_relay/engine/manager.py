@@ -26,7 +26,7 @@ from sglang_relay.engine.invariants import broken_invariant
 from sglang_relay.engine.learning import Learning
 from sglang_relay.engine.log import Log
 from sglang_relay.engine.matching import Matcher
-from sglang_relay.engine.namespaces import Namespaces, Tenant
+from sglang_relay.engine.namespaces import LONGEST_NAME, Namespaces, Tenant
 from sglang_relay.engine.planning import Planner
 from sglang_relay.engine.report import REPORT_KEY, Stats
 from sglang_relay.engine.requests import Controls, RelayRequest, new_report, read_controls, relay_of
@@ -151,6 +151,8 @@ class RelayManager:
         """Give a new request of ``tenant`` its relay state and its namespace."""
         req.extra_key, why = self.namespaces.exact_key(tenant), None
         try:
+            if tenant.too_long:
+                raise Decline("name_too_long", f"extra_key and cache_salt: allowed are {LONGEST_NAME} characters")
             controls = self._controls(req.sampling_params.custom_params)
             declined = self._admission_reason(req, controls, tenant, has_multimodal)
         except Decline as decline:

@@ -17,12 +17,21 @@ MAX_TIERS = 8
 """Tiers whose namespaces are searched for an exact prefix."""
 
 
+LONGEST_NAME = 1024
+"""Characters of an ``extra_key`` or ``cache_salt`` whose requests donate and relay: the index remembers both."""
+
+
 class Tenant(NamedTuple):
-    """Who may share KV with whom; runs never cross tenants. ``key`` is the client's extra_key incl. the LoRA id."""
+    """Who may share KV with whom; runs never cross tenants. ``key`` is the client's extra_key incl. the LoRA id;
+    ``scope`` stands for the scope (requests.py, ``named_scope``)."""
 
     key: str | None
     salt: str | None
     scope: str | None
+
+    @property
+    def too_long(self) -> bool:
+        return max(len(self.key or ""), len(self.salt or "")) > LONGEST_NAME
 
     @property
     def digest(self) -> bytes:
