@@ -94,10 +94,10 @@ class Donors:
         length = min(length, reached - part.source)
         if length <= 0:
             return None
-        slots = self._tree.path_device_indices(node)
+        slots = self._tree.path_device_indices(node)[part.source : part.source + length]
         lock = self._tree.lock(node)  # last: what raises before it leaves nothing locked
         self.locked += 1
-        return Held(slots[part.source : part.source + length], lock, part.donor, key)
+        return Held(slots, lock, part.donor, key)
 
     def touch(self, held: Iterable[Held]) -> None:
         """Make what is used the most recently used, in the index and in the tree."""
@@ -106,9 +106,19 @@ class Donors:
             self._tree.touch_prefix(h.key)
 
     def release(self, held: list[Held]) -> None:
+        """Give the locks back. One that the tree does not take stays in ``held``; its error is raised at the end."""
+        left, failed = [], None
         while held:
-            self._tree.unlock(held.pop().lock)
-            self.locked -= 1
+            one = held.pop()
+            try:
+                self._tree.unlock(one.lock)
+                self.locked -= 1
+            except Exception as error:
+                left.append(one)
+                failed = error
+        held += left
+        if failed is not None:
+            raise failed
 
     def _find(self, key: RadixKey) -> tuple[int, int]:
         """(tokens of ``key`` that the device holds, the node where they end)."""
