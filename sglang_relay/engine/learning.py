@@ -108,8 +108,9 @@ class Learning:
 
     def _offered(self, state: RelayRequest, tokens: np.ndarray) -> list[tuple[int, int]]:
         """Ranges of ``tokens`` that exact donors of the tenant hold, sorted."""
-        runs = self.donors.candidates(state.tenant, tokens)
-        return sorted((r.start, r.start + self.donors.available(r)) for r in runs if r.depth == 0)
+        runs = [r for r in self.donors.candidates(state.tenant, tokens) if r.depth == 0]
+        lengths = self.donors.available(runs)
+        return sorted((r.start, r.start + length) for r, length in zip(runs, lengths, strict=True))
 
     def _learn_span(self, req: Req, state: RelayRequest, tokens: np.ndarray, start: int, stop: int) -> None:
         if stop - start < self._config.min_segment:

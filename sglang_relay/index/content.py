@@ -240,6 +240,13 @@ class ContentIndex:
             raise ValueError(f"stop={stop} is outside the path of {length} tokens of donor {donor}")
         return self._blocks.read(int(row[TAIL]), length, 0, int(stop))
 
+    def same_start(self, donor: int, other: int, stop: int) -> bool:
+        """Whether the paths of two donors begin with the same `stop` tokens. False where one is shorter, or gone."""
+        if donor not in self._donors or other not in self._donors:
+            return False
+        one, two = (self._donors.rows[self._donors.slot(d), [TAIL, STOP]].tolist() for d in (donor, other))
+        return 0 < stop <= min(one[1], two[1]) and self._blocks.same_start(stop, *one, *two)
+
     def touch(self, donor: int) -> None:
         """Make a donor that has served the most recently used; one that is gone is ignored."""
         if donor in self._donors:
