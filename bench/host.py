@@ -41,7 +41,7 @@ from sglang_relay.config import RelayConfig
 from sglang_relay.engine.donors import Donors
 from sglang_relay.engine.matching import Matcher
 from sglang_relay.engine.namespaces import Namespaces, Tenant
-from sglang_relay.engine.quotes import QuoteBook, Quotes
+from sglang_relay.engine.quote_book import QuoteBook
 from sglang_relay.engine.requests import RelayRequest, new_report, read_controls
 from sglang_relay.engine.selection import Unselected
 from sglang_relay.engine.tree import RelayCache
@@ -99,9 +99,7 @@ class World:
         self.slowest_learn = max(self.slowest_learn, time.perf_counter() - began)
 
     def request(self, prompt: np.ndarray) -> tuple[Req, RelayRequest]:
-        tokens = array("q", prompt.tolist())
-        req = Req("bench", "", tokens, SamplingParams(max_new_tokens=1))
-        req.full_untruncated_fill_ids, req.extend_end = tokens, len(tokens)
+        req = request_of(prompt, 0)
         controls = read_controls(None, self.config, self.policies)
         return req, RelayRequest(controls, NOBODY, 0, new_report("probe", None))
 
@@ -117,6 +115,13 @@ class World:
             self.donors.release([held for held in found if held is not None])
 
         return both
+
+
+def request_of(prompt: np.ndarray, prefix: int) -> Req:
+    tokens = array("q", prompt.tolist())
+    req = Req("bench", "", tokens, SamplingParams(max_new_tokens=1))
+    req.full_untruncated_fill_ids, req.extend_end, req.prefix_len = tokens, len(tokens), prefix
+    return req
 
 
 # ---------------------------------------------------------------------- shapes of texts
@@ -190,7 +195,8 @@ def unselected(n: int) -> Unselected:
 
 
 def quoting(name: str, prompt: np.ndarray, answer: Callable[[int], list[int]]) -> tuple[str, Callable[[int], object]]:
-    quotes = Quotes(prompt, unselected(len(prompt)))
+    req = request_of(prompt, 0)
+    quotes = QuoteBook().placed(req, None, unselected(len(prompt)))
     return name, lambda step: quotes.wanted(answer(step), 8)
 
 
@@ -210,9 +216,7 @@ def conversation(rng: np.random.Generator, turns: int = 400) -> tuple[str, Calla
     path, book, found = tokens(LENGTH, rng), QuoteBook(), None
     size = LENGTH // turns
     for turn in range(1, turns + 1):
-        tokens_so_far = array("q", path[: turn * size].tolist())
-        req = Req(str(turn), "", tokens_so_far, SamplingParams(max_new_tokens=1))
-        req.full_untruncated_fill_ids, req.prefix_len, req.extra_key = tokens_so_far, (turn - 1) * size, "space"
+        req = request_of(path[: turn * size], (turn - 1) * size)
         found = book.found(req) if turn > 1 else None
         rest = np.arange((turn - 1) * size + 8, turn * size - 8)
         found = book.placed(req, found, Unselected(rest, torch.from_numpy(rest)))

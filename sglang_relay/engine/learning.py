@@ -13,7 +13,7 @@ from sglang_relay.config import RelayConfig
 from sglang_relay.engine.accounting import own_spans
 from sglang_relay.engine.donors import Donors, tokens_of
 from sglang_relay.engine.namespaces import Namespaces
-from sglang_relay.engine.quotes import QuoteBook
+from sglang_relay.engine.quote_book import QuoteBook
 from sglang_relay.engine.report import Stats
 from sglang_relay.engine.requests import RelayRequest, relay_of
 from sglang_relay.index import ContentIndex, DepthMap
