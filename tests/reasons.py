@@ -19,6 +19,8 @@ FIELDS = ("declined", "shortfall", "fell_back", "unsupported", "reasons", "influ
 _PASSED_ON = ("reason", *FIELDS)
 """Attributes whose value was put there as a reason, and so is found there."""
 
+_ADDS = ("append", "extend", "insert")
+
 _PREFIXED = re.compile(r"(?:embeddings|unavailable):(\w+)")
 """How a report says that a part of a policy is missing, where it is not followed."""
 
@@ -138,7 +140,8 @@ class _Sources:
 
     def _called(self, call: ast.Call, scope: ast.AST) -> Iterator[str]:
         match (name := _callee(call)), call.args:
-            case (("failure" | "_failure"), [where, *_]):
+            case (("failure" | "_failure"), _):
+                where = call.args[0]
                 yield from (f"internal_error:{text}" for text in self._texts(where, scope))
             case "get", [_, default] if isinstance(call.func, ast.Attribute):
                 yield from self._any([call.func.value, default], scope)
@@ -181,10 +184,13 @@ def _arguments(function: Function) -> set[str]:
 def _given(node: ast.AST) -> Iterator[ast.expr]:
     """The expressions that ``node`` puts in a reason's place."""
     match node:
-        case ast.Call(func=ast.Name(id="Decline"), args=[first, *_]):
-            yield first
-        case ast.Call(func=ast.Attribute(attr="append", value=holder), args=[item]) if _name(holder) in FIELDS:
-            yield item
+        case ast.Call(func=ast.Name(id="Decline") | ast.Attribute(attr="Decline")):
+            yield from node.args[:1]
+            yield from (k.value for k in node.keywords if k.arg == "reason")
+        case ast.Call(func=ast.Attribute(attr=verb, value=holder)) if verb in _ADDS and _name(holder) in FIELDS:
+            yield node.args[-1]
+        case ast.Dict():
+            yield from (v for k, v in zip(node.keys, node.values, strict=True) if _key(k) in FIELDS)
         case ast.Call(func=ast.Name(id=name) | ast.Attribute(attr=name)) if name in ("decline", "_decline"):
             yield node.args[:2][-1]  # behind the request's state, where there is one
         case ast.Call(func=ast.Name(id="new_report"), args=[_, declined, *_]):
@@ -205,6 +211,10 @@ def _name(target: ast.expr) -> str:
         case ast.Subscript():
             return _name(target.value)
     return ""
+
+
+def _key(key: ast.expr | None) -> object:
+    return key.value if isinstance(key, ast.Constant) else None
 
 
 def _assigned(node: ast.AST, name: str) -> Iterator[ast.expr]:

@@ -10,14 +10,15 @@ from reasons import Unreadable, found_in
 from sglang_relay.declines import SECTIONS, page
 
 ROOT = Path(__file__).parents[1]
-SOURCES = ROOT / "sglang_relay"
-READERS = ("report.py", "doctor.py")
-"""Modules of the engine that count or show reasons, and give none."""
+PACKAGE = ROOT / "sglang_relay"
+NO_SOURCES = ("declines.py", "engine/report.py", "engine/doctor.py", "profile/file.py")
+"""The table itself, what counts and shows reasons and gives none, and what means other reasons."""
 
 
 def _sources() -> list[Path]:
-    engine = sorted(f for f in (SOURCES / "engine").rglob("*.py") if f.name not in READERS)
-    return [*engine, SOURCES / "plan.py"]
+    apart = [PACKAGE / name for name in NO_SOURCES]
+    assert all(file.exists() for file in apart)
+    return sorted(set(PACKAGE.rglob("*.py")) - set(apart))
 
 
 def test_the_table_has_every_reason_and_no_other() -> None:
@@ -46,6 +47,8 @@ def test_the_page_is_the_table() -> None:
         ('reasons.append("padded_batches")', 'reasons.append("new_reason")'),
         ('state.shortfall = "predicted_slower"', 'state.shortfall = "new_reason"'),
         ('raise Decline("pool_pressure",', 'text = "new_reason"\n            raise Decline(text,'),
+        ('raise Decline("pool_pressure",', 'raise Decline(reason="new_reason", detail='),
+        ('return report | {"exact": cached,', 'return report | {"declined": "new_reason", "exact": cached,'),
         ('decline(state, "other_policy_in_batch")', 'decline(state, "new_reason")'),
         ('reason or "ranks_disagree"', 'reason or "new_reason"'),
         ('relay.failure(step, error)', 'relay.failure("new_reason", error)'),
@@ -57,12 +60,11 @@ def test_the_page_is_the_table() -> None:
     ],
 )  # fmt: skip
 def test_a_new_reason_is_found_wherever_it_stands(tmp_path: Path, old: str, new: str) -> None:
-    changed = 0
-    copies = []
-    for file in _sources():
+    copies, changed = [], 0
+    for number, file in enumerate(_sources()):
         text = file.read_text(encoding="utf-8")
         changed += old in text
-        copies.append(tmp_path / file.name)
+        copies.append(tmp_path / f"{number}.py")
         copies[-1].write_text(text.replace(old, new), encoding="utf-8")
     assert changed, f"nothing here reads {old}"
     assert {name.removeprefix("internal_error:") for name in found_in(copies)} >= {"new_reason"}
