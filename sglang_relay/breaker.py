@@ -21,7 +21,7 @@ A log-normal with a p90 of nine medians, about as wide as the policy study's sam
 the edge. With one request in 200 audited, a sound model then trips once in 1.5 million relayed requests.
 
 There is no clock and no randomness, only counts of requests: tensor-parallel ranks that make the same calls hold the
-same state.
+same state. Which requests are audited is decided elsewhere (engine/audit.py).
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class State(StrEnum):
     OPEN = "open"
     """Relay is off."""
     HALF_OPEN = "half-open"
-    """Every request that can be audited is, and is served the exact answer; all others are served stock."""
+    """Every request that an audit can reach is audited, and served the exact answer; all others are served stock."""
 
 
 class Action(StrEnum):
@@ -68,6 +68,9 @@ class Band(NamedTuple):
 
 
 UNCERTIFIED = Band(DEFAULT_EDGE, "default, no certificate")
+
+
+_ACTIONS = {State.CLOSED: Action.RELAY, State.OPEN: Action.STOCK, State.HALF_OPEN: Action.AUDIT}
 
 
 class Verdict(NamedTuple):
@@ -135,6 +138,11 @@ class Breaker:
         self.audits = 0
         self.above = 0
         self.trips = 0
+        self.reachable = 0
+        self.unreachable = 0
+        """Relayed chunks that an audit could reach, and those that none could."""
+        self.unaudited = 0
+        """Reachable ones since the last audit."""
         self._score = 0
         self._round = 0
         self._row = 0
@@ -144,18 +152,22 @@ class Breaker:
 
     @property
     def idle(self) -> bool:
-        """Whether it says nothing that a new breaker would not say: closed, and no score against it."""
-        return self.state is State.CLOSED and self._score == 0
+        """Whether it says nothing that a new breaker would not say: it never tripped, and has no score."""
+        return self.trips == 0 and self._score == 0
 
-    def admit(self, *, auditable: bool = True) -> Verdict:
-        """What to do with the next request. auditable: whether it could be audited (its prompt is one chunk)."""
+    def admit(self) -> Verdict:
+        """What to do with the next request. ``AUDIT`` where it can be reached, else it is to be served stock."""
         if self.state is State.OPEN:
             self._resting -= 1
             if self._resting < 0:
                 self._enter(State.HALF_OPEN)
-        if self.state is State.HALF_OPEN:
-            return Verdict(Action.AUDIT if auditable else Action.STOCK, self._round)
-        return Verdict(Action.RELAY if self.state is State.CLOSED else Action.STOCK, self._round)
+        return Verdict(_ACTIONS[self.state], self._round)
+
+    def count(self, *, reachable: bool, audited: bool) -> None:
+        """A chunk is relayed. reachable: whether an audit could reach it; audited: whether one does."""
+        self.reachable += reachable
+        self.unreachable += not reachable
+        self.unaudited = 0 if audited else self.unaudited + reachable
 
     def record(self, kl: float, round: int) -> Change | None:
         """Take in one audit; returns the change of state it caused.
@@ -218,6 +230,8 @@ class Breaker:
             "audits": self.audits,
             "above": self.above,
             "trips": self.trips,
+            "reachable": self.reachable,
+            "unreachable": self.unreachable,
             "edge": self.band.edge,
             "source": self.band.source,
         }
@@ -230,11 +244,15 @@ class Key(NamedTuple):
     namespace: Hashable
 
 
+_SUMS = ("audits", "above", "trips", "reachable", "unreachable")
+
+
 class Breakers:
     """The breakers of one server, made when first asked for, at most ``most`` of them.
 
     Tenants are named by clients, so their number must be bounded: the least recently used breaker goes first that is
-    idle, then one that is closed, and an open one only if all are open. A breaker that went and comes back is closed.
+    idle, then one that is closed, and an open one only if all are open. A breaker that went and comes back is a new
+    one.
     """
 
     def __init__(self, band_of: Callable[[str], Band], rule: Rule = RULE, most: int = 4096) -> None:
@@ -252,6 +270,11 @@ class Breakers:
         self._held.move_to_end(key)
         return self._held[key]
 
+    def trips(self, tier: str, namespace: Hashable) -> int:
+        """How often that breaker has tripped; makes none."""
+        held = self._held.get(Key(tier, namespace))
+        return 0 if held is None else held.trips
+
     def tripped(self) -> dict[Key, Breaker]:
         """The breakers that are not closed."""
         return {key: b for key, b in self._held.items() if b.state is not State.CLOSED}
@@ -263,10 +286,10 @@ class Breakers:
             one = breaker.as_dict()
             sums = tiers.setdefault(
                 key.tier,
-                {s.value: 0 for s in State} | dict.fromkeys(("audits", "above", "trips"), 0) | {"reason": None},
+                {s.value: 0 for s in State} | dict.fromkeys(_SUMS, 0) | {"reason": None},
             )
             sums[one["state"]] += 1
-            for name in ("audits", "above", "trips"):
+            for name in _SUMS:
                 sums[name] += one[name]
             sums["reason"] = one["reason"] or sums["reason"]
             sums |= {"edge": one["edge"], "source": one["source"]}

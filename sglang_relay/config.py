@@ -20,6 +20,8 @@ from sglang_relay.budget import Budget, parse_budget
 ENV_PREFIX = "SGLANG_RELAY_"
 CONFIG_ENV = "SGLANG_RELAY_CONFIG"
 
+MOST_QUOTE_TOKENS = 1024
+
 POLICIES = ("probe", "probe_only", "relay", "cacheblend", "legolink", "rotate", "full")
 
 
@@ -220,7 +222,7 @@ _CHECKS: tuple[Callable[[RelayConfig], None], ...] = (
     _between("audit_every", 0, 1 << 30),
     _between("probe_queries", 1, 1024),
     _between("route_above", 0.0, 1e6),
-    _between("quote_tokens", 0, 1024),
+    _between("quote_tokens", 0, MOST_QUOTE_TOKENS),
     _between("min_segment", 1, 1 << 20),
     _between("min_relayed", 1, 1 << 20),
     _between("max_segments", 1, 4096),

@@ -109,7 +109,7 @@ def audits(scheduler: Any, every: int) -> list[float]:
     """What `AUDITS` has held since this was last asked; from now on one relayed request in ``every`` is audited, 0 for
     none."""
     auditor = scheduler.tree_cache.relay.auditor
-    auditor._every, auditor._until = every, 0
+    auditor._every = every
     found = list(AUDITS)
     AUDITS.clear()
     return found

@@ -10,6 +10,7 @@ import time
 from array import array
 from collections import Counter
 from pathlib import Path
+from types import FunctionType, MethodType, ModuleType
 from typing import Any
 
 from sglang.srt.plugins.hook_registry import HookRegistry, HookType
@@ -173,6 +174,23 @@ def widest(scheduler: Any) -> dict[str, int]:
     return found
 
 
+def kept_text(scheduler: Any) -> int:
+    """Characters of the longest text that the relay holds, not counting what requests and the tree do."""
+    relay = scheduler.tree_cache.relay
+    waiting: list[Any] = list(vars(relay).values())
+    seen = {id(one) for one in (scheduler, relay, relay.tree, relay.tools, relay.hidden, relay.influence)}
+    longest = 0
+    while waiting:
+        one = waiting.pop()
+        if id(one) in seen or isinstance(one, (type, ModuleType, FunctionType, MethodType)):
+            continue
+        seen.add(id(one))
+        if isinstance(one, (str, bytes)):
+            longest = max(longest, len(one))
+        waiting += gc.get_referents(one)
+    return longest
+
+
 def hooked(scheduler: Any) -> list[str]:
     """Functions of SGLang that the relay has hooked in this process."""
     patched = HookRegistry._patched
@@ -322,6 +340,25 @@ def break_(scheduler: Any, what: str | None) -> str | None:
     return what
 
 
+# ---------------------------------------------------------------------- audits
+
+
+def audit_every(scheduler: Any, every: int) -> None:
+    scheduler.tree_cache.relay.auditor._every = every
+
+
+def half_open(scheduler: Any, tier: str) -> None:
+    """The breaker of ``tier``, for requests without key, salt and scope, after gross audits and its rest."""
+    from sglang_relay.breaker import Action
+    from sglang_relay.engine.namespaces import Tenant
+
+    breaker = scheduler.tree_cache.relay.auditor.breakers.of(tier, Tenant(None, None, None).digest)
+    while breaker.admit().action is Action.RELAY:
+        breaker.record(float("inf"), breaker.admit().round)
+    while breaker.admit().action is Action.STOCK:
+        pass
+
+
 QUESTIONS: dict[str, Any] = {
     "rows": rows,
     "influence": influence,
@@ -331,8 +368,11 @@ QUESTIONS: dict[str, Any] = {
     "pool": pool,
     "broken": broken,
     "widest": widest,
+    "kept_text": kept_text,
     "hooked": hooked,
     "gather": gather,
     "secret": secret,
     "break": break_,
+    "audit_every": audit_every,
+    "half_open": half_open,
 }

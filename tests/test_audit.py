@@ -92,10 +92,40 @@ def test_an_audited_request_is_served_exactly(world: World, rng: random.Random) 
         assert audited[field] == exact[field]
 
 
-def test_a_prompt_of_several_chunks_is_not_audited(world: World, rng: random.Random) -> None:
-    prompt = [*world.prompt(rng), *(rng.randrange(1000, 40_000) for _ in range(400)), *world.prompt(rng)]
-    report = world.report(prompt, relay_policy="legolink", relay_budget=4096)
-    assert report["declined"] is None and report["recomputed"] > 300, report
+@pytest.mark.parametrize(("policy", "budget"), [("probe", 0.3), ("legolink", 40)])
+def test_every_chunk_of_a_long_prompt_is_audited(world: World, rng: random.Random, policy: str, budget: float) -> None:
+    """A probe's repair in the last one, where what earlier ones placed is computed again; others' in each."""
+    middle = [rng.randrange(1000, 40_000) for _ in range(400)]
+    prompt, fields = [*world.prompt(rng), *middle, *world.prompt(rng)], {"return_logprob": True}
+    tier, params = f"{policy}@{budget:g}", {"relay_policy": policy, "relay_budget": budget}
+    audited = world.ask(prompt, 4, fields, **params)["meta_info"]
+    exact = world.ask(prompt, 4, fields, relay="off")["meta_info"]
+    report, state = audited["relay"], world.breaker(tier)
+    assert report["declined"] == "audited" and report["depth"] == 0, report
+    assert report["exact"] + report["fresh"] == len(prompt)
+    assert state["audits"] == (1 if policy == "probe" else 2) and state["unreachable"] == 0, state
+    pairs = zip(audited["output_token_logprobs"], exact["output_token_logprobs"], strict=True)
+    assert all(abs(one[0] - other[0]) < 0.05 for one, other in pairs), "bf16, in chunks of other sizes"
+
+
+def test_a_half_open_breaker_is_left_by_prompts_of_several_chunks(
+    world: World, inspector: Inspector, rng: random.Random
+) -> None:
+    """And what was relayed before the trip is behind: a prompt that goes on from it can be audited, too."""
+    params, tier = {"relay_policy": "legolink", "relay_budget": 4095}, "legolink@4095"
+    middle = [rng.randrange(1000, 40_000) for _ in range(400)]
+    inspector.ask(world.server, "audit_every", every=0)
+    before = [*world.prompt(rng), *middle, *world.prompt(rng)]
+    assert world.report(before, **params)["declined"] is None
+    assert world.report([*before, 77, 78], **params)["approximate"] > 300
+    inspector.ask(world.server, "half_open", tier=tier)
+    prompt, trials = [*before, 77, 79], 0
+    while world.breaker(tier)["half-open"] and trials < 8:
+        report = world.report(prompt, **params)
+        assert report["declined"] == "audited" and report["approximate"] == 0, report
+        prompt, trials = [*world.prompt(rng), *middle, *world.prompt(rng)], trials + 1
+    inspector.ask(world.server, "audit_every", every=1)
+    assert world.breaker(tier)["closed"] == 1, world.breaker(tier)
 
 
 @pytest.mark.parametrize(

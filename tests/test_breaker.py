@@ -114,7 +114,6 @@ def test_open_serves_stock_for_its_rest_and_then_audits_everything() -> None:
     breaker = tripped()
     assert [breaker.admit().action for _ in range(RULE.rest)] == [Action.STOCK] * RULE.rest
     assert breaker.admit().action is Action.AUDIT
-    assert breaker.admit(auditable=False).action is Action.STOCK
     assert breaker.state is State.HALF_OPEN
 
 

@@ -212,9 +212,9 @@ def test_random_work(pair: Pair, rng: random.Random) -> None:
 
 @pytest.fixture(scope="module")
 def audited(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Server, Inspector]]:
-    """Every relayed request that can be audited is: its batch runs on the stock path, too."""
+    """Where a test audits, all that can be: its batch runs on the stock path, too."""
     inspector = Inspector(tmp_path_factory.mktemp("audited"))
-    flags = ("--radix-cache-backend", "relay", "--chunked-prefill-size", 256, "--relay-audit-every", 1)
+    flags = ("--radix-cache-backend", "relay", "--chunked-prefill-size", 256)
     with Server(model, *flags, env=inspector.env) as server:
         yield server, inspector
 
@@ -231,7 +231,14 @@ def test_nothing_runs_wider_than_a_chunk(audited: tuple[Server, Inspector], rng:
     short = [*tokens(20, rng), *lent[0][:150], *tokens(22, rng)]
     inspector.ask(server, "widest")
     whole = report_of(ask(server, prompt, 4, {"relay_policy": policy, "relay_donate": "none"}))
-    audit = report_of(ask(server, short, 4, {"relay_policy": policy, "relay_donate": "none"}))
+    inspector.ask(server, "audit_every", every=1)
+    try:
+        audits = [
+            report_of(ask(server, asked, 4, {"relay_policy": policy, "relay_donate": "none"}))
+            for asked in (short, [9, *prompt])
+        ]
+    finally:
+        inspector.ask(server, "audit_every", every=0)
     inspector.break_(server, "forward")
     try:
         failed = report_of(ask(server, [7, *prompt], 4, {"relay_policy": policy, "relay_donate": "none"}))
@@ -239,7 +246,7 @@ def test_nothing_runs_wider_than_a_chunk(audited: tuple[Server, Inspector], rng:
         inspector.break_(server, None)
     widest = inspector.ask(server, "widest")
     assert whole["relayed"] + whole["recomputed"] > (700 if policy == "probe" else 2900), whole
-    assert audit["declined"] == "audited"
+    assert [audit["declined"] for audit in audits] == ["audited", "audited"]
     assert failed["fresh"] > 200, failed
     assert 0 < widest["stock"] <= 256
     assert 0 < widest["stage"] <= 2 * 256

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from sglang_relay.breaker import Band
+from sglang_relay.breaker import Action, Band
 from sglang_relay.budget import Budget
 from sglang_relay.config import RelayConfig
 from sglang_relay.engine.accounting import begin_chunk, count_chunk, count_fallback, note_pending
@@ -26,7 +26,7 @@ from sglang_relay.engine.invariants import broken_invariant
 from sglang_relay.engine.learning import Learning
 from sglang_relay.engine.log import Log
 from sglang_relay.engine.matching import Matcher
-from sglang_relay.engine.namespaces import Namespaces, Tenant
+from sglang_relay.engine.namespaces import LONGEST_NAME, Namespaces, Tenant
 from sglang_relay.engine.planning import Planner
 from sglang_relay.engine.report import REPORT_KEY, Stats
 from sglang_relay.engine.requests import Controls, RelayRequest, new_report, read_controls, relay_of
@@ -54,7 +54,8 @@ STOCK = "stock"
 class BatchPlan:
     """A planned batch. ``plans[i].row`` indexes ``reqs``. Donor locks are held until they are released.
 
-    audits: the plans whose relayed answer is compared with the exact one, which is then served.
+    actions: what becomes of each plan; of an audited one the relayed answer is compared with the exact one, which is
+    then served.
     fell_back: why the batch ran on the stock path after all, or None; why: what more there is to say about it.
     """
 
@@ -62,9 +63,18 @@ class BatchPlan:
     plans: list[RelayPlan]
     reqs: list[Req]
     held: list[Held]
-    audits: list[int] = field(default_factory=list)
+    actions: list[Action] = field(default_factory=list)
     fell_back: str | None = None
     why: str | None = None
+
+    @property
+    def audits(self) -> list[int]:
+        """The plans that are audited."""
+        return [i for i, action in enumerate(self.actions) if action is Action.AUDIT]
+
+    def states(self) -> list[RelayRequest]:
+        """Of the plans' requests, all of which relay."""
+        return [state for plan in self.plans if (state := relay_of(self.reqs[plan.row])) is not None]
 
 
 class RelayManager:
@@ -92,7 +102,8 @@ class RelayManager:
         self.tree = tree
         self.consensus = consensus
         self.unsupported = unsupported
-        self.namespaces = Namespaces(secret, isolated)
+        self.auditor = Auditor(consensus, band_of, config.audit_every, secret)
+        self.namespaces = Namespaces(secret, isolated, trips=self.auditor.trips)
         self.stats = Stats()
         self.learning = learning = Learning(
             config, tree, self.namespaces, self.stats, self.failure, base=base, unsupported=unsupported
@@ -116,7 +127,6 @@ class RelayManager:
         self._policies = make_policies(config, num_layers)
         for name, budget in budgets.items():
             self._policies[name].default_budget = budget
-        self.auditor = Auditor(consensus, band_of, config.audit_every, base)
         self._log = Log(logger)
         self.planner = Planner(tree, self.donors, self._policies, pool_slots)
         self._outstanding: BatchPlan | None = None
@@ -141,6 +151,8 @@ class RelayManager:
         """Give a new request of ``tenant`` its relay state and its namespace."""
         req.extra_key, why = self.namespaces.exact_key(tenant), None
         try:
+            if tenant.too_long:
+                raise Decline("name_too_long", f"extra_key and cache_salt: allowed are {LONGEST_NAME} characters")
             controls = self._controls(req.sampling_params.custom_params)
             declined = self._admission_reason(req, controls, tenant, has_multimodal)
         except Decline as decline:
@@ -296,19 +308,15 @@ class RelayManager:
             reason, why = decline.reason, decline.detail
         except Exception as error:
             reason = self.failure("plan", error)
-        shape = [] if planned is None else [_shape(p) for p in planned.plans]
+        shape = [] if planned is None else [(_shape(p), a) for p, a in zip(planned.plans, planned.actions, strict=True)]
         if not self.consensus.agree(reason is None, digest_of(batch.batch_size(), shape)):
             reason = reason or "ranks_disagree"
             if planned is not None:
                 self.donors.release(planned.held)
                 planned = None
-        elif planned is not None and (audits := self._audits(planned, states)) is None:
-            reason = BREAKER_OPEN
-            self.donors.release(planned.held)
-            planned = None
         elif planned is not None:
-            planned.audits = audits
             self.donors.touch(planned.held)
+            planned = self._settled(planned)
         for state in states:
             if reason is not None and state is not None and state.relays and state.pieces:
                 self._decline(state, reason, why)
@@ -321,13 +329,33 @@ class RelayManager:
             self.log_once(broken, f"an admitted batch breaks an invariant of SGLang's scheduler: {broken}")
         return broken
 
-    def _audits(self, planned: BatchPlan, states: list[RelayRequest | None]) -> list[int] | None:
-        of_plans = [s for p in planned.plans if (s := states[p.row]) is not None]
-        return [] if planned.policy.exact else self.auditor.choose(planned.plans, of_plans)
-
     def _plan(self, batch: ScheduleBatch, states: list[RelayRequest | None]) -> BatchPlan | None:
         made = self.planner.plan(batch, states, self._decline)
-        return None if made is None else BatchPlan(made.policy, made.plans, list(batch.reqs), made.held)
+        if made is None:
+            return None
+        planned = BatchPlan(made.policy, made.plans, list(batch.reqs), made.held)
+        try:
+            planned.actions = self.auditor.choose(planned.plans, planned.states(), planned.policy)
+        except BaseException:
+            self.donors.release(planned.held)
+            raise
+        return planned
+
+    def _settled(self, planned: BatchPlan) -> BatchPlan | None:
+        """The ranks have agreed: ``planned`` without the plans that are served stock; None where none is left."""
+        actions, states = planned.actions, planned.states()
+        self.auditor.count(planned.plans, states, planned.policy, actions)
+        for state, action in zip(states, actions, strict=True):
+            if action is Action.STOCK:
+                state.verdict = state.verdict and state.verdict._replace(action=action)
+                state.pieces = [p for p in state.pieces if p.donor == EXACT_PREFIX]
+                self._decline(state, BREAKER_OPEN)
+        planned.plans = [p for p, a in zip(planned.plans, actions, strict=True) if a is not Action.STOCK]
+        planned.actions = [a for a in actions if a is not Action.STOCK]
+        if not planned.plans:
+            self.donors.release(planned.held)
+            return None
+        return planned
 
     # ------------------------------------------------------------------ run
 

@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from sglang_relay.breaker import Verdict
+from sglang_relay.breaker import Breaker, Verdict
 from sglang_relay.budget import Budget, parse_budget
-from sglang_relay.config import POLICIES, RelayConfig
+from sglang_relay.config import MOST_QUOTE_TOKENS, POLICIES, RelayConfig
 from sglang_relay.engine.capture import capture_name
 from sglang_relay.engine.namespaces import Tenant
 from sglang_relay.plan import Candidate, Decline, Placed
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 PRIMES = "relay_primes"
 """Set by the front end, too (front_end.py, ``send``)."""
 
+_LONGEST_PROMPT = 1 << 31
+"""Tokens; longer than any."""
 _MODES = ("on", "off", "exact")
 _DONATE = ("output", "all", "none")
 _KEYS = (
@@ -56,12 +58,16 @@ class Controls:
 
 
 def named_scope(params: Any) -> str | None:
-    """The scope that a request names, whatever else is wrong with it. One that is not allowed confines it all the same:
-    to requests that name the same."""
+    """A text of fixed length that stands for the scope that a request names, whatever else is wrong with it. A scope
+    that is not allowed confines it all the same: to requests that name the same."""
     scope = params.get("relay_scope") if isinstance(params, Mapping) else None
-    if scope is None or _allowed(scope):
-        return scope
-    return "not allowed: " + hashlib.blake2b(repr(scope).encode("utf-8", "replace"), digest_size=16).hexdigest()
+    if scope is None:
+        return None
+    try:
+        named = repr(scope)
+    except (ValueError, RecursionError):  # too many digits, too many brackets
+        named = type(scope).__name__
+    return hashlib.blake2b(named.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
 
 
 def _allowed(scope: Any) -> bool:
@@ -83,14 +89,14 @@ def read_controls(params: Any, config: RelayConfig, policies: Mapping[str, Polic
     mode = _choice(given, "relay", config.default, _MODES)
     donate = _choice(given, "relay_donate", config.donate, _DONATE)
     follows = policies[name].follows_quotes
-    asked, usual = _count(given, "relay_quote_tokens"), config.quote_tokens
+    asked, usual = _count(given, "relay_quote_tokens", MOST_QUOTE_TOKENS), config.quote_tokens
     quotes = (usual if asked is None else asked) if follows else 0
     return Controls(
         mode=mode,
         policy=name,
         budget=_budget(given.get("relay_budget"), policies[name], config),
         donate="none" if mode == "off" else donate,
-        generated_from=_count(given, "relay_generated_from"),
+        generated_from=_count(given, "relay_generated_from", _LONGEST_PROMPT),
         quote_tokens=quotes,
         other_quotes=follows and quotes != usual,
         primes=_switch(given, PRIMES),
@@ -111,10 +117,10 @@ def _budget(asked: Any, policy: Policy, config: RelayConfig) -> Budget | None:
     return budget
 
 
-def _count(given: Mapping[str, Any], key: str) -> int | None:
+def _count(given: Mapping[str, Any], key: str, most: int) -> int | None:
     value = given.get(key)
-    if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 0):
-        raise Decline("bad_custom_params", f"{key}={value!r}: allowed is a whole number from 0")
+    if value is not None and (isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= most):
+        raise Decline("bad_custom_params", f"{key}={value!r}: allowed is a whole number from 0 to {most}")
     return value
 
 
@@ -158,8 +164,9 @@ class RelayRequest:
     shortfall: str | None = "nothing_to_reuse"
     reached: int = -1
     depth: int = 0
+    breaker: Breaker | None = None
     verdict: Verdict | None = None
-    """What the breaker said, once donors were found."""
+    """Of its tier and tenant, and what it said, once donors were found."""
     pending: int | None = None
     """From here on the KV holds placed spans that the prompt's last chunk has yet to repair: not to be published."""
     placed: list[Placed] = field(default_factory=list)
