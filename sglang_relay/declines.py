@@ -143,6 +143,10 @@ REQUEST = {
     "exact_requested": Reason(
         'The request, or the setting default, says relay: "exact".', 'Ask for relay: "on" where reuse is wanted.'
     ),
+    "name_too_long": Reason(
+        "extra_key or cache_salt has more than 1,024 characters; the index would have to remember it.",
+        "Send a shorter one.",
+    ),
     "no_cache_salt": Reason(
         "The server is relay-isolated, and the request has neither cache_salt nor relay_scope.", "Send one of them."
     ),
