@@ -75,7 +75,9 @@ class Learning:
         if approximate:
             state.depth = max(state.depth, 1 + max(s.depth for s in approximate))
             state.report["depth"] = state.depth
-            self.depths.mark(req.extra_key, tokens_of(req), approximate[0].start, state.depth)
+            tokens, start = tokens_of(req), approximate[0].start
+            self.depths.mark(req.extra_key, tokens, start, state.depth)
+            self.index.deepen(state.tenant, req.extra_key, tokens, start, state.depth)
 
     def learn(self, req: Req, up_to: int) -> None:
         """The tree now holds ``[0, up_to)`` of a finished request: offer its decoded span, and of its prompt what
