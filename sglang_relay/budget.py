@@ -14,6 +14,8 @@ ALLOWED = (
     "or coverage:SHARE of the score mass"
 )
 
+_MOST_TOKENS = 1 << 20
+
 
 @dataclass(frozen=True, slots=True)
 class Budget:
@@ -63,8 +65,10 @@ def _number(text: str) -> float:
 
 
 def _checked(kind: Kind | None, amount: float) -> Budget:
+    if isinstance(amount, int) and not -_MOST_TOKENS <= amount <= _MOST_TOKENS:
+        raise ValueError(f"a whole number of {amount.bit_length()} bits: allowed is {ALLOWED}")
     if 0 < amount <= 1:
         return Budget(kind or "share", float(amount))
-    if kind is None and 2 <= amount <= 1 << 20 and amount == int(amount):
+    if kind is None and 2 <= amount <= _MOST_TOKENS and amount == int(amount):
         return Budget("tokens", float(amount))
     raise ValueError(f"{amount:g}: allowed is {ALLOWED}")

@@ -15,6 +15,8 @@ import msgspec
 import numpy as np
 
 from sglang_relay.breaker import UNCERTIFIED, Band
+from sglang_relay.budget import parse_budget
+from sglang_relay.config import POLICIES
 from sglang_relay.identity import Identity, IdentityError, user_cache, write_atomically
 from sglang_relay.measure.statistics import CONFIDENCE, Estimate, Summary, summarise
 
@@ -22,6 +24,12 @@ Bound = float | Literal["floor"]
 """What an operator allows: a mean KL in nats, or the noise floor of full prefill itself."""
 
 Setting = str | int | float | bool | None
+
+_PARTS = ("mean", "median", "p90")
+_MOST_NATS = 100.0
+"""No distribution over a vocabulary, rounded as logits are, is further from another."""
+_WIDEST_EDGE = 1.0
+"""Nats; a wider band of audits would see nothing."""
 
 
 class CertificateError(ValueError):
@@ -129,7 +137,7 @@ class Certificate(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return min(self.candidates, key=lambda c: (c.figures.kl.mean.high, c.figures.cost.value))
 
     def band(self, policy: str, budget: str | None) -> Band:
-        """The band of live audits of ``policy`` at ``budget``; not below the noise floor's.
+        """The band of live audits of ``policy`` at ``budget``; not below the noise floor's, and at most a nat wide.
 
         A budget that was not measured has the band of the largest measured one below it: more repair does not make the
         answers worse. Without one, or for another kind of budget, nothing is certified (``UNCERTIFIED``).
@@ -141,7 +149,7 @@ class Certificate(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             if not below:
                 return UNCERTIFIED
             budget = max(below, key=lambda b: _share(b) or 0.0)
-        edge = max(edges[budget], self.floor.next_kl_edge)
+        edge = min(max(edges[budget], self.floor.next_kl_edge), _WIDEST_EDGE)
         return Band(edge, f"certificate of {self.made}")
 
     def differing_settings(self, settings: dict[str, Setting]) -> list[str]:
@@ -210,11 +218,42 @@ def default_directory() -> Path:
 
 
 def read_certificate(file: Path) -> Certificate:
-    """Raises CertificateError when the file cannot be read or is not a certificate."""
+    """Raises CertificateError when the file cannot be read or is not a certificate, or says what cannot be."""
     try:
-        return msgspec.json.decode(file.read_bytes(), type=Certificate)
+        certificate = msgspec.json.decode(file.read_bytes(), type=Certificate)
     except (OSError, msgspec.MsgspecError, UnicodeDecodeError) as error:
         raise CertificateError(f"{file}: no readable certificate ({error})") from error
+    try:
+        _check_figures("floor", certificate.floor)
+        for candidate in certificate.candidates:
+            _check_candidate(candidate)
+    except ValueError as error:
+        raise CertificateError(f"{file}: {error}") from error
+    return certificate
+
+
+def _check_candidate(candidate: Candidate) -> None:
+    if candidate.policy not in POLICIES:
+        raise ValueError(f"policy {candidate.policy!r}: allowed are {', '.join(POLICIES)}")
+    if candidate.budget is not None:
+        parse_budget(candidate.budget)
+    _check_figures(candidate.label, candidate.figures)
+
+
+def _check_figures(label: str, figures: Figures) -> None:
+    """Raises ValueError where a figure is no number of its kind."""
+    nats = {"kl": figures.kl, "next_kl": figures.next_kl}
+    intervals = {f"{name}.{part}": getattr(spread, part) for name, spread in nats.items() for part in _PARTS}
+    intervals |= {name: getattr(figures, name) for name in ("top1", "first", "exact", "cost")}
+    numbers = {f"{name}.max": spread.max for name, spread in nats.items()} | {"next_kl_edge": figures.next_kl_edge}
+    for name, interval in intervals.items():
+        numbers |= {name: interval.value, f"{name}.low": interval.low, f"{name}.high": interval.high}
+    for name, number in numbers.items():
+        most = 1.0 if name.startswith(("top1", "first")) else _MOST_NATS if "kl" in name else math.inf
+        if not (math.isfinite(number) and 0 <= number <= most):
+            raise ValueError(f"{label}: {name} is {number}; allowed is 0 to {most}")
+    if figures.n < 1:
+        raise ValueError(f"{label}: n is {figures.n}; allowed is 1 or more")
 
 
 def load_certificate(identity: Identity, where: Path | None = None) -> Certificate | None:

@@ -22,6 +22,13 @@ PLACES = 2
 longest agreements, then those that are next in length, the first of equal ones."""
 
 
+MOST_PLACES = 128
+"""Places in the prompt that are compared with the answer. Where more begin alike, the text repeats itself, and the
+latest stale ones count."""
+
+_BLOCK = 4096
+
+
 def may_quote(tokens: np.ndarray, latest: int, stale: np.ndarray) -> bool:
     """Whether `quoted` could find something once the token behind ``latest`` is known."""
     return bool(((tokens[:-SHORTEST] == latest) & stale[SHORTEST:]).any())
@@ -39,20 +46,38 @@ def quoted(tokens: np.ndarray, answer: Sequence[int], stale: np.ndarray, ahead: 
     none = np.empty(0, dtype=np.int64)
     if len(recent) < SHORTEST or len(tokens) <= SHORTEST or not stale.any():
         return none
-    ends = np.arange(SHORTEST - 1, len(tokens) - 1)
-    for back in range(SHORTEST):
-        ends = ends[tokens[ends - back] == recent[-1 - back]]
+    same = tokens[SHORTEST - 1 : -1] == recent[-1]
+    for back in range(1, SHORTEST):
+        same &= tokens[SHORTEST - 1 - back : -1 - back] == recent[-1 - back]
+    if np.count_nonzero(same) > MOST_PLACES:
+        same &= stale[SHORTEST:]
+        same = same[_last(same, MOST_PLACES) :]
+    ends = np.flatnonzero(same) + len(tokens) - 1 - len(same)
     if not len(ends):
         return none
     lengths = _agreement(tokens, recent, ends)
     order = np.argsort(-lengths, kind="stable")
     latest = np.count_nonzero(lengths == lengths[order[0]]) - 1
     best = [order[latest], *np.delete(order, latest)[: PLACES - 1]]
-    wanted = np.zeros(len(tokens), dtype=bool)
+    wanted: set[int] = set()
     for end, length in zip(ends[best].tolist(), lengths[best].tolist(), strict=True):
         if stale[end + 1]:
-            wanted[end + 1 : end + 2 + min(ahead - 1, REACH * (length - SHORTEST))] = True
-    return np.flatnonzero(wanted & stale)
+            wanted.update(range(end + 1, end + 2 + min(ahead - 1, REACH * (length - SHORTEST))))
+    found = np.array(sorted(at for at in wanted if at < len(tokens)), dtype=np.int64)
+    return found[stale[found]]
+
+
+def _last(mask: np.ndarray, count: int) -> int:
+    """Where the last ``count`` true ones begin; 0 where there are not more."""
+    stop = len(mask)
+    while stop > 0 and count > 0:
+        begin = max(0, stop - _BLOCK)
+        found = np.flatnonzero(mask[begin:stop])
+        if len(found) >= count:
+            return begin + int(found[-count])
+        count -= len(found)
+        stop = begin
+    return 0
 
 
 def _agreement(tokens: np.ndarray, recent: np.ndarray, ends: np.ndarray) -> np.ndarray:

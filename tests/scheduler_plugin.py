@@ -383,7 +383,7 @@ _INJECTOR = _Injector()
 
 def _boundary(tree: Any) -> dict[bool, list[tuple[Any, str]]]:
     """Where SGLang calls the relay, and what that calls first; and, under True, what the relay calls of SGLang."""
-    from sglang_relay.engine import costing, fallback, hooks, manager, quotes, report, requests
+    from sglang_relay.engine import costing, fallback, hooks, manager, quote_book, quotes, report, requests
     from sglang_relay.engine import tree as tree_module
     from sglang_relay.engine.audit import Auditor
     from sglang_relay.engine.costing import Costs
@@ -399,14 +399,15 @@ def _boundary(tree: Any) -> dict[bool, list[tuple[Any, str]]]:
     ours = {
         hooks: "repair_quotes recompute_placed",
         fallback: "require_own_rows_only divergence",
-        quotes: "require_own_rows_only quoted",
+        quotes: "require_own_rows_only",
+        quote_book: "quoted",
         manager: "new_report read_controls request_reason batch_reason neighbour_reason begin_chunk count_chunk "
         "count_fallback note_pending broken_invariant",
         tree_module: "answered_too_early",
-        manager.RelayManager: f"{relay} _admitted _agreed_plan _plan _settle _decline _decline_all _count policy_of",
+        manager.RelayManager: f"{relay} _admitted _agreed_plan _plan _settle _decline _count policy_of",
         Auditor: "admits choose count record",
         Learning: "learn mark_depth on_flush on_weights start_over",
-        Donors: "candidates available prefix_held hold touch release",
+        Donors: "candidates available prefix_held hold touch",
         Matcher: "pieces",
         Planner: "plan",
         Costs: "choose take_relayed",
@@ -423,7 +424,7 @@ def _boundary(tree: Any) -> dict[bool, list[tuple[Any, str]]]:
     return {side: [(o, n) for o, names in of.items() for n in names.split()] for side, of in split.items()}
 
 
-def inject(scheduler: Any, place: str | None = None, share: float = 0.0, seed: int = 0) -> dict[str, list[str]]:
+def inject(scheduler: Any, place: str | None = None, share: float = 0.0, seed: int = 0) -> dict[str, Any]:
     """From now on ``place`` fails at its next call, or a ``share`` of all calls. Returns all places, and those that
     have failed since this was last asked."""
     from sglang_relay.cost import CostModel

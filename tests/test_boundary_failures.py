@@ -22,7 +22,6 @@ ELSEWHERE = {
     "Learning.start_over": "tensor parallelism only",
     "Learning.on_weights": "has a test of its own below",
     "Stats.fallback": "beside another failure only",
-    "RelayManager._decline_all": "beside another failure only",
     "RelayManager.count_quoted": "called where an answer happens to quote",
     "RelayManager.wait": "asked of requests that do not fit a batch, and so by chance",
 }

@@ -27,7 +27,24 @@ def test_what_is_read_is_written_the_same(given: object, kind: str, amount: floa
 
 @pytest.mark.parametrize(
     "given",
-    [0, -0.1, 1.5, 2.5, "", "much", "coverage:", "coverage:0", "coverage:2", "share:0.2", True, None, [0.1], 1e9],
+    [
+        0,
+        -0.1,
+        1.5,
+        2.5,
+        "",
+        "much",
+        "coverage:",
+        "coverage:0",
+        "coverage:2",
+        "share:0.2",
+        True,
+        None,
+        [0.1],
+        1e9,
+        10**400,
+        -(10**400),
+    ],
 )
 def test_what_is_not_allowed_is_refused_with_what_is(given: object) -> None:
     with pytest.raises(ValueError, match="allowed is a share above 0"):

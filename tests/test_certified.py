@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,6 +15,7 @@ from tiny_model import make_tiny_llama
 
 from sglang_relay.breaker import UNCERTIFIED
 from sglang_relay.budget import Budget
+from sglang_relay.certificate import Candidate
 from sglang_relay.config import ConfigError, RelayConfig, load_config
 from sglang_relay.engine.certified import CONSERVATIVE, bands, choose, find_certificate, require_certificate
 from sglang_relay.engine.served import require_profile
@@ -121,6 +123,44 @@ def test_one_that_cannot_be_read_hides_no_other(tmp_path: Path, cache: Path) -> 
     file = mine.save(cache)
     file.with_name(f"{file.name.partition('-')[0]}-another.json").write_text("{")
     assert find_certificate(RelayConfig(), args(model)) == mine
+
+
+WRONG: dict[str, Callable[[Candidate], Candidate]] = {
+    "policy": lambda c: msgspec.structs.replace(c, policy="of a later version"),
+    "budget": lambda c: msgspec.structs.replace(c, budget="lots"),
+    "edge": lambda c: with_figures(c, next_kl_edge=1e300),
+    "negative": lambda c: with_figures(c, next_kl_edge=-1.0),
+    "share": lambda c: with_figures(c, top1=msgspec.structs.replace(c.figures.top1, high=1.5)),
+    "cases": lambda c: with_figures(c, n=0),
+}
+
+
+def with_figures(candidate: Candidate, **changed: Any) -> Candidate:
+    return msgspec.structs.replace(candidate, figures=msgspec.structs.replace(candidate.figures, **changed))
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+def test_one_that_says_what_cannot_be_hides_no_other_and_ends_no_start(
+    tmp_path: Path, cache: Path, caplog: pytest.LogCaptureFixture, wrong: str
+) -> None:
+    model = make_tiny_llama(tmp_path / "model")
+    mine = msgspec.structs.replace(CERTIFICATE, identity=identify(model, dtype="float32"))
+    odd = msgspec.structs.replace(mine, candidates=(*mine.candidates, WRONG[wrong](mine.candidates[0])))
+    file = mine.save(cache)
+    data = msgspec.json.encode(odd)
+    before = file.with_name(f"{file.name.partition('-')[0]}-!.json")
+    before.write_bytes(data)
+    assert before.name < file.name and find_certificate(RelayConfig(), args(model)) == mine
+    file.write_bytes(data)
+    before.unlink()
+    assert find_certificate(RelayConfig(), args(model)) is None and "a certificate is not used" in caplog.text
+    with pytest.raises(ConfigError, match="certificate="):
+        require_certificate(RelayConfig(certificate=str(file)))
+
+
+def test_no_band_is_so_wide_that_it_sees_nothing() -> None:
+    wide = with_figures(candidate("rotate", None, 3e-2, 0.0), next_kl_edge=50.0)
+    assert made(wide).band("rotate", None).edge == 1.0
 
 
 @pytest.mark.parametrize("content", [None, "", "{}"])

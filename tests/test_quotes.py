@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sglang_relay.quotes import LONGEST, PLACES, REACH, SHORTEST, may_quote, quoted
+from sglang_relay.quotes import LONGEST, MOST_PLACES, PLACES, REACH, SHORTEST, may_quote, quoted
 
 TEXT = np.array([9, 9, 1, 2, 3, 4, 5, 6, 7, 8, 9, 9, 1, 2, 3, 8, 8, 1, 2, 3, 5, 8], dtype=np.int32)
 ALL = np.ones(len(TEXT), dtype=bool)
@@ -61,6 +61,8 @@ def literal(tokens: list[int], answer: list[int], stale: list[bool], ahead: int)
             length += 1
         if length >= SHORTEST:
             places.append((length, end))
+    if len(places) > MOST_PLACES:
+        places = [p for p in places if stale[p[1] + 1]][-MOST_PLACES:]
     found: set[int] = set()
     latest = max(places, default=None)
     others = sorted((p for p in places if p != latest), key=lambda place: (-place[0], place[1]))
@@ -79,6 +81,15 @@ def test_as_defined(data: st.DataObject, ahead: int) -> None:
     stale = data.draw(st.lists(st.booleans(), min_size=len(tokens), max_size=len(tokens)))
     got = quoted(np.array(tokens, dtype=np.int32), answer, np.array(stale, dtype=bool), ahead)
     assert got.dtype == np.int64 and got.tolist() == literal(tokens, answer, stale, ahead)
+
+
+@given(st.data(), st.integers(1, 3), st.integers(MOST_PLACES, 6 * MOST_PLACES))
+def test_text_that_repeats_itself(data: st.DataObject, period: int, length: int) -> None:
+    tokens = [at % period for at in range(length)]
+    stale = np.random.default_rng(length).random(length) < data.draw(st.sampled_from([0.0, 0.01, 0.3, 1.0]))
+    answer = tokens[: data.draw(st.integers(2, 20))]
+    got = quoted(np.array(tokens, dtype=np.int32), answer, stale, 8)
+    assert got.tolist() == literal(tokens, answer, stale.tolist(), 8)
 
 
 @given(st.data())

@@ -77,7 +77,10 @@ class SchedulerHooks:
             self.relay.adopt(req, tenant, has_multimodal=received.mm_inputs is not None)
         except Exception as error:
             failed = self.relay.failure("adopt", error)
-        self.relay.guarded("adopt", None, self.relay.agree_on, req, tenant, failed)
+        try:
+            self.relay.agree_on(req, tenant, failed)
+        except Exception as error:
+            self.relay.failure("adopt", error)
 
     def streamer(self, base: type, scheduler: Any) -> type:
         return self.relay.guarded("streamer", base, streamer_class, base)

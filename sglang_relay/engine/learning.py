@@ -13,7 +13,7 @@ from sglang_relay.config import RelayConfig
 from sglang_relay.engine.accounting import own_spans
 from sglang_relay.engine.donors import Donors, tokens_of
 from sglang_relay.engine.namespaces import Namespaces
-from sglang_relay.engine.quotes import QuoteBook
+from sglang_relay.engine.quote_book import QuoteBook
 from sglang_relay.engine.report import Stats
 from sglang_relay.engine.requests import RelayRequest, relay_of
 from sglang_relay.index import ContentIndex, DepthMap
@@ -75,7 +75,9 @@ class Learning:
         if approximate:
             state.depth = max(state.depth, 1 + max(s.depth for s in approximate))
             state.report["depth"] = state.depth
-            self.depths.mark(req.extra_key, tokens_of(req), approximate[0].start, state.depth)
+            tokens, start = tokens_of(req), approximate[0].start
+            self.depths.mark(req.extra_key, tokens, start, state.depth)
+            self.index.deepen(state.tenant, req.extra_key, tokens, start, state.depth)
 
     def learn(self, req: Req, up_to: int) -> None:
         """The tree now holds ``[0, up_to)`` of a finished request: offer its decoded span, and of its prompt what
@@ -108,8 +110,9 @@ class Learning:
 
     def _offered(self, state: RelayRequest, tokens: np.ndarray) -> list[tuple[int, int]]:
         """Ranges of ``tokens`` that exact donors of the tenant hold, sorted."""
-        runs = self.donors.candidates(state.tenant, tokens)
-        return sorted((r.start, r.start + self.donors.available(r)) for r in runs if r.depth == 0)
+        runs = [r for r in self.donors.candidates(state.tenant, tokens) if r.depth == 0]
+        lengths = self.donors.available(runs)
+        return sorted((r.start, r.start + length) for r, length in zip(runs, lengths, strict=True))
 
     def _learn_span(self, req: Req, state: RelayRequest, tokens: np.ndarray, start: int, stop: int) -> None:
         if stop - start < self._config.min_segment:

@@ -132,8 +132,6 @@ class RelayManager:
         self._log = Log(logger)
         self.planner = Planner(tree, self.donors, self._policies, pool_slots)
         self._outstanding: BatchPlan | None = None
-        self._releasing: list[Held] = []
-        """Locks that are due."""
 
     @property
     def default_tier(self) -> str:
@@ -233,12 +231,12 @@ class RelayManager:
         except Exception as error:
             failed = self.failure("match", error)
         vote = self.consensus.vote(failed is None, digest)
-        if not all(vote):
-            pieces = []
-            self.guarded("report", None, self._decline, state, failed or "ranks_disagree")
-            if vote.ok:
-                self.guarded("learn", None, self.learning.start_over)
+        if vote.ok and not vote.equal:
+            self.guarded("learn", None, self.learning.start_over)
         state.pieces, state.pieces_version, state.pieces_from = pieces, self.learning.version, req.prefix_len
+        if not all(vote):
+            state.pieces = []
+            self._decline(state, failed or "ranks_disagree")
         elapsed = time.perf_counter() - began
         state.report["match_ms"] = round(state.report["match_ms"] + 1e3 * elapsed, 3)
         self.stats.match_seconds += elapsed
@@ -316,23 +314,21 @@ class RelayManager:
             reason, why = decline.reason, decline.detail
         except Exception as error:
             reason = self.failure("plan", error)
-        # Behind this agreement the ranks run the same plans, whatever fails on one of them alone.
-        if self.consensus.agree(reason is None, digest):
+        if not self.consensus.agree(reason is None, digest):
             if planned is not None:
-                self.guarded("plan", None, self._settle, planned)
-        else:
-            self.guarded("report", None, self._decline_all, states, reason or "ranks_disagree", why)
-            if planned is not None:
-                planned.plans = []
-        if planned is None or planned.plans:
-            return planned
-        self.release(planned.held)
-        return None
-
-    def _decline_all(self, states: list[RelayRequest | None], reason: str, why: str | None) -> None:
-        for state in states:
-            if state is not None and state.relays and state.pieces:
-                self._decline(state, reason, why)
+                self.release(planned.held)
+            reason = reason or "ranks_disagree"
+            for state in states:
+                if state is not None and state.relays and state.pieces:
+                    self._decline(state, reason, why)
+            return None
+        # From here on the ranks run the same plans, whatever fails on one of them alone.
+        if planned is not None:
+            self.guarded("plan", None, self._settle, planned)
+            if not planned.plans:
+                self.release(planned.held)
+                return None
+        return planned
 
     def _broken_invariant(self, batch: ScheduleBatch) -> str | None:
         broken = broken_invariant(batch, self.chunk)
@@ -460,10 +456,7 @@ class RelayManager:
             return otherwise
 
     def release(self, held: list[Held]) -> None:
-        """Give ``held`` back, now or, after a failure, with the next ones."""
-        self._releasing += held
-        held.clear()
-        self.guarded("release", None, self.donors.release, self._releasing)
+        self.guarded("release", None, self.donors.release, held)
 
     def weights_change(self, scheduler: Any, *, begin: bool) -> None:
         """Weights are about to change (``begin``) or have changed. Where a rank cannot forget what was learnt of the

@@ -104,13 +104,9 @@ class Matcher:
 
     def _cover(self, candidates: list[Candidate], start: int, stop: int) -> list[Candidate]:
         """Disjoint pieces, best candidates first, as long as their donors' KV is in the tree. Bounded look-ups."""
-        held: list[Candidate] = []
-        for candidate in candidates[: 2 * self._config.max_segments]:
-            if candidate.depth >= self._config.max_depth:
-                continue
-            available = self._donors.available(candidate)
-            if available >= self._config.min_segment:
-                held.append(candidate._replace(stop=candidate.start + available))
+        allowed = [c for c in candidates[: 2 * self._config.max_segments] if c.depth < self._config.max_depth]
+        lengths = zip(allowed, self._donors.available(allowed), strict=True)
+        held = [c._replace(stop=c.start + length) for c, length in lengths if length >= self._config.min_segment]
         return cover(held, start, stop, self._config.min_segment, self._config.max_segments)
 
 

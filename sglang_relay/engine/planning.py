@@ -68,25 +68,28 @@ class Planner:
         return RelayPlan(row, req.prefix_len, stop, segments, state.controls.budget, last, pending)
 
     def _segments(self, req: Req, state: RelayRequest, held: list[Held]) -> list[Segment]:
-        segments: list[Segment] = []
         # The chunk's last row stays fresh: the logits processor reads it.
         low, high = req.prefix_len, chunk_end(req) - 1
+        parts, of_parts = [], []
         heads: dict[int, Candidate] = {}
         for piece in state.pieces:
             head = heads.setdefault(piece.donor, piece)
             if piece.source < head.source:  # told in another order: a text of its own
                 head = heads[piece.donor] = piece
             part = piece.clip(low, high)
-            exact = piece.donor == EXACT_PREFIX
-            if part.stop <= part.start or (exact and part.start != low):
+            if part.stop <= part.start or (piece.donor == EXACT_PREFIX and part.start != low):
                 continue  # an exact prefix that is not continued from its start is no prefix any more
-            found = self._donors.hold(req, state.prefix_key if exact else None, part)
-            if found is None:
-                continue
-            held.append(found)
-            stop = part.start + found.slots.numel()
-            index = part.source - head.source
-            segments.append(Segment(part.start, stop, part.source, piece.depth, found.slots, exact, piece.stop, index))
+            parts.append(part)
+            of_parts.append((piece, part.source - head.source))
+        segments: list[Segment] = []
+        found = self._donors.hold(req, state.prefix_key, parts)
+        for (piece, index), part, run in zip(of_parts, parts, found, strict=True):
+            if run is not None:
+                held.append(run)
+                stop, exact = part.start + run.slots.numel(), piece.donor == EXACT_PREFIX
+                segments.append(
+                    Segment(part.start, stop, part.source, piece.depth, run.slots, exact, piece.stop, index)
+                )
         return segments
 
     def _check_memory(self, batch: ScheduleBatch) -> None:

@@ -15,8 +15,6 @@ written.
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -25,13 +23,12 @@ import torch
 from sglang_relay.engine.backend import RelayAttentionBackend
 from sglang_relay.engine.batch_state import require_own_rows_only, without_adapters
 from sglang_relay.engine.consensus import digest_of
-from sglang_relay.engine.donors import tokens_of
 from sglang_relay.engine.layout import Rows, pool_rows
+from sglang_relay.engine.quote_book import Quotes
 from sglang_relay.engine.requests import RelayRequest, relay_of
-from sglang_relay.engine.selection import Unselected
 from sglang_relay.engine.stage import Stage
 from sglang_relay.plan import Decline
-from sglang_relay.quotes import LONGEST, may_quote, quoted
+from sglang_relay.quotes import LONGEST, may_quote
 from sglang_relay.transfer import on_device, read_back
 
 if TYPE_CHECKING:
@@ -43,96 +40,6 @@ if TYPE_CHECKING:
 
 NOWHERE = 0
 """The slot that SGLang keeps for what nobody reads (mem_cache/allocator/base.py)."""
-
-REMEMBERED = 64
-"""Prompts whose unselected tokens are known to requests that find them in the tree."""
-
-
-class Quotes:
-    """Reused tokens of one prompt that were not recomputed.
-
-    tokens: int32 numpy [n], the prompt. rest: those tokens. shared: of the prompt that has them in common with this one
-    before position ``stop``: what one of the two recomputes is done for both.
-    """
-
-    def __init__(self, tokens: np.ndarray, rest: Unselected, shared: Quotes | None = None, stop: int = 0) -> None:
-        self.tokens = tokens
-        self._rest = rest
-        self._stale = np.zeros(len(tokens), dtype=bool)
-        self._stale[rest.positions] = True
-        self._shared, self._stop = shared, stop
-
-    def wanted(self, answer: Sequence[int], ahead: int) -> np.ndarray:
-        """Positions to recompute now (``quotes.py``), and never again."""
-        found = quoted(self.tokens, answer, self.stale(), ahead)
-        self._done(found)
-        return found
-
-    def stale(self) -> np.ndarray:
-        """bool [n]: those that nobody has recomputed so far."""
-        if self._shared is not None:
-            self._stale[: self._stop] &= self._shared.stale()[: self._stop]
-        return self._stale
-
-    def _done(self, positions: np.ndarray) -> None:
-        self._stale[positions] = False
-        if self._shared is not None:
-            self._shared._done(positions[positions < self._stop])
-
-    def slots(self, positions: np.ndarray) -> torch.Tensor:
-        """int64: where K and V of ``positions`` were written when they were placed."""
-        at = np.searchsorted(self._rest.positions, positions)
-        return self._rest.slots.index_select(0, on_device(at, self._rest.slots.device))
-
-    def before(self, stop: int) -> Unselected:
-        """What is left of them before ``stop``."""
-        positions = self._rest.positions[: np.searchsorted(self._rest.positions, stop)]
-        positions = positions[self.stale()[positions]]
-        return Unselected(positions, self.slots(positions))
-
-
-class QuoteBook:
-    """What recent prompts left unselected, for their own decoding and for requests that find them in the tree: forks,
-    later turns. Slots are compared before they are written: a path that was evicted and computed again lies elsewhere.
-    Only requests whose prefix is known to be approximate ask (``RelayRequest.depth``)."""
-
-    def __init__(self) -> None:
-        self._recent: deque[tuple[str | None, Quotes]] = deque(maxlen=REMEMBERED)
-
-    def found(self, req: Req) -> Quotes | None:
-        """Of what ``req`` found in the tree; None where nothing is known."""
-        tokens = tokens_of(req)
-        best: tuple[int, Quotes | None] = (0, None)
-        for key, quotes in self._recent:
-            if key == req.extra_key:
-                best = max(best, (_common(quotes.tokens, tokens[: req.prefix_len]), quotes), key=lambda b: b[0])
-        stop, shared = best
-        if shared is None:
-            return None
-        rest = shared.before(stop)
-        return Quotes(tokens, rest, shared, stop) if len(rest.positions) else None
-
-    def placed(self, req: Req, before: Quotes | None, rest: Unselected) -> Quotes:
-        """``req`` has been prefilled and left ``rest``; ``before``: what it had found."""
-        stop = 0
-        if before is not None and len(rest.positions):
-            stop = int(rest.positions[0])
-            found = before.before(stop)
-            slots = torch.cat((found.slots, rest.slots))
-            rest = Unselected(np.concatenate((found.positions, rest.positions)), slots)
-        quotes = Quotes(tokens_of(req), rest, before, stop)
-        self._recent.appendleft((req.extra_key, quotes))
-        return quotes
-
-    def clear(self) -> None:
-        self._recent.clear()
-
-
-def _common(a: np.ndarray, b: np.ndarray) -> int:
-    """Tokens up to the first that differs."""
-    n = min(len(a), len(b))
-    differ = np.flatnonzero(a[:n] != b[:n])
-    return int(differ[0]) if len(differ) else n
 
 
 class QuotedRows(Rows):
@@ -159,7 +66,8 @@ class QuotedRows(Rows):
 def repair_quotes(relay: RelayManager, tools: ForwardTools, reqs: list[Req], batch: ForwardBatch) -> None:
     """``batch`` is about to run: if it decodes, recompute what the answers of ``reqs`` have begun to quote.
 
-    After a failure the batch's requests quote what they have. With several ranks all of them agree at every step of a
+    A request whose own quotes cannot be found quotes what it has from there on; after any other failure all requests of
+    the batch do. With several ranks all of them agree at every step of a
     batch in which one request may still quote, and once more behind a pass.
     """
     if not batch.forward_mode.is_decode() or len(reqs) != batch.batch_size:
@@ -171,7 +79,7 @@ def repair_quotes(relay: RelayManager, tools: ForwardTools, reqs: list[Req], bat
     failure, stage, wanted, digest = None, None, [], 0
     try:
         require_own_rows_only(batch, adapters=True)
-        wanted = _wanted(reqs, states, batch)
+        wanted = _wanted(relay, reqs, states, batch)
         if any(w is not None for w in wanted):
             stage = _stage(tools, batch, wanted)
         digest = digest_of([None if w is None else w[0].tolist() for w in wanted])
@@ -191,15 +99,20 @@ def repair_quotes(relay: RelayManager, tools: ForwardTools, reqs: list[Req], bat
 
 
 def _wanted(
-    reqs: list[Req], states: list[RelayRequest | None], batch: ForwardBatch
+    relay: RelayManager, reqs: list[Req], states: list[RelayRequest | None], batch: ForwardBatch
 ) -> list[tuple[np.ndarray, Quotes] | None]:
     """Per request."""
     answers = _answers(reqs, states, batch)
     wanted: list[tuple[np.ndarray, Quotes] | None] = [None] * len(reqs)
     for row, (state, answer) in enumerate(zip(states, answers, strict=True)):
-        if state is not None and state.quotes is not None and answer is not None:
+        if state is None or state.quotes is None or answer is None:
+            continue
+        try:
             found = state.quotes.wanted(answer, state.controls.quote_tokens)
             wanted[row] = (found, state.quotes) if len(found) else None
+        except Exception as error:
+            relay.failure("quotes", error)
+            state.quotes = None
     return wanted
 
 

@@ -17,7 +17,7 @@ from sglang_relay.policies import Policy
 
 if TYPE_CHECKING:
     from sglang_relay.engine.influence import Collected
-    from sglang_relay.engine.quotes import Quotes
+    from sglang_relay.engine.quote_book import Quotes
 
 PRIMES = "relay_primes"
 """Set by the front end, too (front_end.py, ``send``)."""

@@ -126,6 +126,23 @@ def _read_path(tail, length, start, stop, tokens, parents):
     return path
 
 
+@kernel
+def _same_start(stop, tail, length, other, other_length, tokens, parents):
+    last = (stop - 1) >> _SHIFT
+    for _ in range(((length - 1) >> _SHIFT) - last):
+        tail = parents[tail]
+    for _ in range(((other_length - 1) >> _SHIFT) - last):
+        other = parents[other]
+    if tail == other:
+        return True
+    if parents[tail] != parents[other]:
+        return False
+    at, rest = 0, stop - (last << _SHIFT)
+    while at < rest and tokens[tail, at] == tokens[other, at]:
+        at += 1
+    return at == rest
+
+
 class BlockPool:
     """Owner of all blocks. A block is referenced by each child block and by each `hold`; it is freed with the last one.
 
@@ -219,6 +236,11 @@ class BlockPool:
         """A copy of tokens `[start, stop)` of the path of `length` tokens that ends in `tail`; int32 `[stop -
         start]`."""
         return _read_path(tail, length, start, stop, self.tokens, self.parents)
+
+    def same_start(self, stop: int, tail: int, length: int, other: int, other_length: int) -> bool:
+        """Whether the first `stop` tokens (at least 1) of two paths are equal; a path is given by its tail and length.
+        Time is that of walking both paths' blocks behind `stop`."""
+        return bool(_same_start(stop, tail, length, other, other_length, self.tokens, self.parents))
 
     def check_integrity(self, held: dict[int, int]) -> None:
         """`held` counts the holds per tail. Raises AssertionError unless every reference is accounted for, no block is

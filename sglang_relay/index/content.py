@@ -6,10 +6,23 @@ from collections.abc import Callable, Hashable
 
 import numpy as np
 
-from .blocks import BlockPool
+from .blocks import BLOCK, BlockPool
 from .match import Run, Work, find_runs, rank
 from .rolling import MODULUS, mix, power, prefix_hashes, table_key, window_hash
-from .spans import RECORD_BYTES, ROW_BYTES, START, STOP, TAIL, TENANT, Donor, DonorRecords, Names
+from .spans import (
+    DEPTH,
+    ID,
+    NAMESPACE,
+    RECORD_BYTES,
+    ROW_BYTES,
+    START,
+    STOP,
+    TAIL,
+    TENANT,
+    Donor,
+    DonorRecords,
+    Names,
+)
 from .table import SLOT_BYTES, Table
 from .windows import BUCKET, PER_DONOR, add_windows, count_windows, remove_windows, unpack
 
@@ -239,6 +252,35 @@ class ContentIndex:
         if not 0 <= stop <= length:
             raise ValueError(f"stop={stop} is outside the path of {length} tokens of donor {donor}")
         return self._blocks.read(int(row[TAIL]), length, 0, int(stop))
+
+    def same_start(self, donor: int, other: int, stop: int) -> bool:
+        """Whether the paths of two donors begin with the same `stop` tokens. False where one is shorter, or gone."""
+        if donor not in self._donors or other not in self._donors:
+            return False
+        one, two = (self._donors.rows[self._donors.slot(d), [TAIL, STOP]].tolist() for d in (donor, other))
+        return 0 < stop <= min(one[1], two[1]) and self._blocks.same_start(stop, *one, *two)
+
+    def deepen(self, tenant: Hashable, namespace: str | None, path: np.ndarray, position: int, depth: int) -> int:
+        """The KV of `path` (int32 `[n]`) has been computed at `depth` from `position` on: what donors of these tokens
+        offer is that deep now, whatever it was when they were learnt. Returns how many donors that are."""
+        owner, space = self._donors.tenants.get(tenant), self._donors.namespaces.get(namespace)
+        if owner is None or space is None:
+            return 0
+        rows, blocks, stop = self._donors.rows, self._blocks, int(position) + 1
+        begin = as_tokens(path[:stop])
+        chain = blocks.find(begin, prefix_hashes(begin, self._base), owner)
+        whole, changed = stop // BLOCK * BLOCK, 0  # tokens in full blocks, which equal paths share
+        if chain.blocks * BLOCK < whole:
+            return 0
+        of_both = (rows[:, ID] >= 0) & (rows[:, TENANT] == owner) & (rows[:, NAMESPACE] == space)
+        for slot in np.flatnonzero(of_both & (rows[:, STOP] >= stop) & (rows[:, DEPTH] < depth)).tolist():
+            tail, length = rows[slot, [TAIL, STOP]].tolist()
+            if whole and not blocks.same_start(whole, chain.tail, min(stop, chain.blocks * BLOCK), tail, length):
+                continue
+            if np.array_equal(blocks.read(tail, length, whole, stop), begin[whole:]):
+                rows[slot, DEPTH] = depth
+                changed += 1
+        return changed
 
     def touch(self, donor: int) -> None:
         """Make a donor that has served the most recently used; one that is gone is ignored."""

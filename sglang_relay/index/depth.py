@@ -133,7 +133,10 @@ class DepthMap:
         return Approximation(int(deepest), int(first))
 
     def _put(self, key: np.uint64, depth: int) -> None:
-        table = self._young
+        """Young again, and as deep as either generation has it: the old one is going to be dropped."""
+        table, old = self._young, self._old
+        if (at := _get(old.keys, old.values, key)) >= 0:
+            depth = max(depth, int(old.values[at]))
         if table.count == self._share and _get(table.keys, table.values, key) < 0:
             self._old, self._young = table, Table()
             table = self._young

@@ -4,13 +4,15 @@ Every window of the prompt is looked up; a hit is a proposal, a diagonal (donor 
 the tokens themselves are then compared, to the right and to the left, up to the span's and the prompt's ends.
 
 Bounds, for a prompt of n tokens, whatever the tokens are (`BUCKET`, `CROWD`, `BURST` are constants of the code):
-- proposals: at most `BUCKET * n`; one on a diagonal that a run already covers there costs no comparison;
+- proposals: at most `BUCKET * n`; one on a diagonal that a run already covers there costs no comparison; beyond one per
+  prompt token on top of `BURST`, windows inside a run that was found are passed over: other donors of its text are
+  second choices;
 - a donor already matched on `CROWD` diagonals at a prompt position is not tried on a further one there (periodic text);
 - token comparisons (and blocks walked to list a donor's span): at most `(BUCKET + 1) * n + BURST`. The allowance grows
   by `BUCKET` per prompt token on top of `BURST`, so text that burns it early delays, and does not prevent, what comes
   later in the prompt.
 
-What is left out for these reasons is counted (`crowded`, `starved`).
+What is left out for these reasons is counted (`crowded`, `starved`, `passed`).
 """
 
 from typing import NamedTuple
@@ -48,7 +50,8 @@ class Run(NamedTuple):
 class Work(NamedTuple):
     """Operations of one match. `probed`: table slots read; `proposals`: entries with a window's hash; `compared`:
     tokens compared and blocks walked; `confirmed`: runs found; `refuted`: proposals whose tokens differ within the
-    window; `crowded`, `starved`: proposals not tried, see the module's bounds."""
+    window; `crowded`, `starved`: proposals not tried, `passed`: windows passed over, see the module's
+    bounds."""
 
     probed: int
     proposals: int
@@ -57,6 +60,7 @@ class Work(NamedTuple):
     refuted: int
     crowded: int
     starved: int
+    passed: int
 
 
 @kernel
@@ -140,10 +144,13 @@ def _find_runs(prompt, hashes, start, window, min_run, factor, seed, tenant, key
     runs = np.empty((64, 5), np.int64)
     blocks = np.empty(256, np.int64)  # the block lists of the donors met so far, one behind the other
     met = np.empty(64, np.int64)
-    found, listed, donors = 0, 0, 0
-    proposals, compared, refuted, crowded, starved = 0, 0, 0, 0, 0
+    found, listed, donors, reach = 0, 0, 0, 0
+    proposals, compared, refuted, crowded, starved, passed = 0, 0, 0, 0, 0, 0
     for i in range(len(positions)):
         at, place = positions[i], places[i]
+        if at + window <= reach and proposals >= BURST + at - start + 1:
+            passed += 1
+            continue
         allowance = BURST + BUCKET * (at - start + 1)
         key = keys[place]
         while keys[place] != _EMPTY:
@@ -212,11 +219,12 @@ def _find_runs(prompt, hashes, start, window, min_run, factor, seed, tenant, key
             runs[found, _SLOT] = slot
             runs[found, _NEXT] = rows[slot, HEAD]
             rows[slot, HEAD] = found
+            reach = max(reach, at + right)
             found += 1
     for i in range(donors):
         rows[met[i], HEAD] = -1
         rows[met[i], LISTED] = -1
-    return runs[:found], (probed, proposals, compared, found, refuted, crowded, starved)
+    return runs[:found], (probed, proposals, compared, found, refuted, crowded, starved, passed)
 
 
 @kernel

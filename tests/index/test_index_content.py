@@ -385,3 +385,36 @@ def test_any_window_and_stride_are_sound(window: int, stride: int, min_run: int)
     least = max(min_run, window + stride - 1)
     prompt = join(text(3, 2), path[100 : 100 + least], text(3, 3))
     assert index.match("t", prompt) == [Run(3, 3 + least, donor, 100, 0)]
+
+
+@pytest.mark.parametrize("position", [0, 62, 63, 64, 100, 127, 128, 190, 250])
+def test_donors_become_as_deep_as_what_is_computed_under_them(position: int) -> None:
+    """Those of the same tenant, namespace and tokens up to there, and no others; none becomes shallower."""
+    index = ContentIndex(base=BASE)
+    path, size = text(300, 1), 120
+    other = join(path[: position + 1], text(300 - position - 1, 2))
+    elsewhere = path.copy()
+    elsewhere[position] += 1
+    same = [learn(index, path, stop - size, stop, namespace="a") for stop in (140, 200, 251, 300)]
+    branch = learn(index, other, 150, 300, namespace="a")
+    deep = learn(index, path, 60, 290, namespace="a", depth=3)
+    rest = [
+        learn(index, path, 150, 300, namespace="b"),
+        learn(index, path, 150, 300, namespace="a", tenant="u"),
+        learn(index, elsewhere, 100, 300, namespace="a"),
+    ]
+    reached = [donor for donor in same if index.donor(donor).stop > position]
+    assert index.deepen("t", "a", path, position, 2) == len(reached) + 1
+    index.check_integrity()
+    assert {d: index.donor(d).depth for d in same} == {d: 2 if d in reached else 0 for d in same}
+    assert index.donor(branch).depth == 2 and index.donor(deep).depth == 3
+    assert [index.donor(d).depth for d in rest] == [0, 0, 0]
+    assert index.deepen("t", "nobody", path, position, 2) == index.deepen("x", "a", path, position, 2) == 0
+
+
+def test_what_is_found_is_as_deep_as_it_has_become() -> None:
+    index = ContentIndex(base=BASE)
+    path = text(300, 1)
+    learn(index, path, 100, 300, namespace="a")
+    index.deepen("t", "a", path, 90, 2)
+    assert [run.depth for run in index.match("t", path[100:200])] == [2]

@@ -102,6 +102,27 @@ def test_a_deeper_mark_in_the_old_generation_outlives_a_shallower_young_one() ->
     assert depths.depth("a", path, 3) == 4
 
 
+def test_a_depth_is_never_lost_between_generations() -> None:
+    """Random marks and look-ups, against every mark that is one of the last ``entries / 2`` set or found."""
+    entries, rng = 16, np.random.default_rng(5)
+    depths, least, used = DepthMap(BASE, entries), dict[int, int](), list[int]()
+    for _ in range(40_000):
+        token, known = int(rng.integers(0, 24)), used[1 - entries // 2 :]
+        before = least.get(token, 0) if token in known else 0
+        if rng.random() < 0.5:
+            depth = int(rng.integers(1, 5))
+            depths.mark("a", tokens(token), 0, depth)
+            least[token] = max(depth, before)
+        elif (found := depths.depth("a", tokens(token), 1)) > 0:
+            least[token] = found
+            assert found >= before
+        else:
+            assert before == 0
+            continue
+        used = [t for t in used if t != token] + [token]
+    depths.check_integrity()
+
+
 @pytest.mark.parametrize("base", [BASE, 0, 1])
 @settings(max_examples=60, deadline=None)
 @given(data=st.data())
