@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import hashlib
 import json
 import os
+import random
+import sys
 import time
 from array import array
 from collections import Counter
@@ -340,6 +343,109 @@ def break_(scheduler: Any, what: str | None) -> str | None:
     return what
 
 
+# ---------------------------------------------------------------------- failures at the boundary
+
+
+class _Injector:
+    """Makes calls between SGLang and the relay fail: one place at its next call, or each call by chance."""
+
+    def __init__(self) -> None:
+        self.place: str | None = None
+        self.share = 0.0
+        self.random = random.Random()
+        self.failed: Counter[str] = Counter()
+
+    def wrap(self, owner: Any, name: str, *, theirs: bool) -> str:
+        """theirs: of SGLang, which calls it, too: only calls of the relay fail."""
+        original = getattr(owner, name)
+        place = f"{owner.__name__.rpartition('.')[2]}.{name}"
+
+        @functools.wraps(original)
+        def wrapped(*args: Any, **kwargs: Any) -> Any:
+            ours = sys._getframe(1).f_globals.get("__name__", "").startswith("sglang_relay")
+            if (ours or not theirs) and self.hits(place):
+                raise Injected(f"{place} broken by a test")
+            return original(*args, **kwargs)
+
+        setattr(owner, name, wrapped)
+        return place
+
+    def hits(self, place: str) -> bool:
+        hit = place == self.place or self.random.random() < self.share
+        if hit:
+            self.place = None
+            self.failed[place] += 1
+        return hit
+
+
+_INJECTOR = _Injector()
+
+
+def _boundary(tree: Any) -> dict[bool, list[tuple[Any, str]]]:
+    """Where SGLang calls the relay, and what that calls first; and, under True, what the relay calls of SGLang."""
+    from sglang_relay.engine import costing, fallback, hooks, manager, quotes, report, requests
+    from sglang_relay.engine import tree as tree_module
+    from sglang_relay.engine.audit import Auditor
+    from sglang_relay.engine.costing import Costs
+    from sglang_relay.engine.donors import Donors
+    from sglang_relay.engine.forward import StagedForward
+    from sglang_relay.engine.hidden import HiddenStates
+    from sglang_relay.engine.influence import Influence
+    from sglang_relay.engine.learning import Learning
+    from sglang_relay.engine.matching import Matcher
+    from sglang_relay.engine.planning import Planner
+
+    relay = "adopt agree_on company wait propose plan finish record_audits count_work count_quoted finished"
+    ours = {
+        hooks: "repair_quotes recompute_placed",
+        fallback: "require_own_rows_only divergence",
+        quotes: "require_own_rows_only quoted",
+        manager: "new_report read_controls request_reason batch_reason neighbour_reason begin_chunk count_chunk "
+        "count_fallback note_pending broken_invariant",
+        tree_module: "answered_too_early",
+        manager.RelayManager: f"{relay} _admitted _agreed_plan _plan _settle _decline _decline_all _count policy_of",
+        Auditor: "admits choose count record",
+        Learning: "learn mark_depth on_flush on_weights start_over",
+        Donors: "candidates available prefix_held hold touch release",
+        Matcher: "pieces",
+        Planner: "plan",
+        Costs: "choose take_relayed",
+        costing: "Stopwatch measurable stock_features together",
+        StagedForward: "__init__ prepare place run",
+        Influence: "admit begin end before_insert after_insert",
+        HiddenStates: "begin",
+        report.Stats: "decline finished batch audit fallback",
+        requests.RelayRequest: "__init__",
+    }  # fmt: skip
+    theirs = {type(tree): "lock unlock path_device_indices touch_prefix evictable_size"}
+    theirs[type(tree.tree_core)] = "match_full_device_prefix"
+    split = {False: ours, True: theirs}
+    return {side: [(o, n) for o, names in of.items() for n in names.split()] for side, of in split.items()}
+
+
+def inject(scheduler: Any, place: str | None = None, share: float = 0.0, seed: int = 0) -> dict[str, Any]:
+    """From now on ``place`` fails at its next call, or a ``share`` of all calls. Returns all places, and those that
+    have failed since this was last asked."""
+    from sglang_relay.cost import CostModel
+
+    if not _PLACES:
+        CostModel.saves = lambda *args, **kwargs: True  # a tiny model's prefill is never slower
+        for theirs, targets in _boundary(scheduler.tree_cache).items():
+            _PLACES.extend(_INJECTOR.wrap(owner, name, theirs=theirs) for owner, name in targets)
+    failed = dict(_INJECTOR.failed)
+    _INJECTOR.failed.clear()
+    _INJECTOR.place, _INJECTOR.share, _INJECTOR.random = place, share, random.Random(seed)
+    return {"places": _PLACES, "failed": sorted(failed), "count": sum(failed.values())}
+
+
+_PLACES: list[str] = []
+
+
+def locks(scheduler: Any) -> int:
+    """Donor locks that are held, and KV slots that nobody may evict though nobody runs."""
+    return scheduler.tree_cache.relay.donors.locked + _running(scheduler)
+
+
 # ---------------------------------------------------------------------- audits
 
 
@@ -373,6 +479,8 @@ QUESTIONS: dict[str, Any] = {
     "gather": gather,
     "secret": secret,
     "break": break_,
+    "inject": inject,
+    "locks": locks,
     "audit_every": audit_every,
     "half_open": half_open,
 }

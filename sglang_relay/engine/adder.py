@@ -33,16 +33,16 @@ def adder_class(base: type[PrefillAdder], relay: RelayManager) -> type[PrefillAd
         """How often those that this batch leaves waiting have been left before."""
 
         def add_one_req(self, req: Req, has_chunked_req: bool, truncation_align_size: int | None) -> AddReqResult:
-            wish = relay.company(req)
+            wish = relay.guarded("company", None, relay.company, req)
             if wish is not None and self._bars(req, wish):
-                self.relay_waited = max(self.relay_waited, relay.wait(req))
+                self.relay_waited = max(self.relay_waited, relay.guarded("company", 0, relay.wait, req))
                 return self.budget_state()
             result = super().add_one_req(req, has_chunked_req, truncation_align_size)
             self._note(req, wish)
             return result
 
         def add_chunked_req(self, req: Req) -> Req | None:
-            wish = relay.company(req)
+            wish = relay.guarded("company", None, relay.company, req)
             rest = super().add_chunked_req(req)
             self._note(req, wish)
             return rest

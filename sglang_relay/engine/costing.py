@@ -109,13 +109,16 @@ class Costs:
         self, forward: Callable[..., Any], runner: Any, batch: ForwardBatch, *args: Any, **kwargs: Any
     ) -> Any:
         """Run ``forward``, ModelRunner.forward, and take the time of a prefill."""
-        if not measurable(batch):
-            return forward(runner, batch, *args, **kwargs)
+        features = None
         try:
-            features = together([stock_features(*r) for r in _ranges(batch)])
+            measured = measurable(batch)
+            if measured:
+                features = together([stock_features(*r) for r in _ranges(batch)])
         except Exception as error:
             self._failure("time", error)
-            features = None
+            measured = False
+        if not measured:
+            return forward(runner, batch, *args, **kwargs)
         watch = self.start(runner.device)
         output = forward(runner, batch, *args, **kwargs)
         self.take("stock", watch, lambda: features)

@@ -133,11 +133,21 @@ class Donors:
                 self._tree.touch_prefix(h.key)
 
     def release(self, held: list[Held]) -> None:
+        """Give the locks back. One that the tree does not take stays in ``held``; its error is raised at the end."""
+        left, failed = [], None
         while held:
-            lock = held.pop().lock
-            if lock is not None:
+            one = held.pop()
+            if one.lock is None:
+                continue
+            try:
+                self._tree.unlock(one.lock)
                 self.locked -= 1
-                self._tree.unlock(lock)
+            except Exception as error:
+                left.append(one)
+                failed = error
+        held += left
+        if failed is not None:
+            raise failed
 
     def _walk_all(self, parts: Sequence[Candidate]) -> dict[int, _Walk]:
         """One walk per donor of ``parts``, as far as they reach; the longest paths first, as others begin like them."""

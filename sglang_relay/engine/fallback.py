@@ -37,19 +37,20 @@ def relay_forward(
     """
     began = time.perf_counter()
     watch = None if relay.costs is None else relay.costs.start(runner.device)
-    staged = StagedForward(tools, batch, planned)
-    reason, step = None, "prepare"
+    staged, reason, step, digest = None, None, "prepare", 0
     try:
+        staged = StagedForward(tools, batch, planned)
         require_own_rows_only(batch)
         staged.prepare()
         step = "place"
         staged.place()
+        digest = digest_of(len(planned.plans), staged.entered)
     except Decline as decline:
         reason, planned.why = decline.reason, decline.detail
     except Exception as error:
         reason = relay.failure(step, error)
     placed = time.perf_counter()
-    if relay.consensus.agree(reason is None, digest_of(len(planned.plans), staged.entered)):
+    if relay.consensus.agree(reason is None, digest) and staged is not None:
         try:
             with torch.no_grad(), without_adapters(runner, batch):
                 logits, work = staged.run()
@@ -62,19 +63,16 @@ def relay_forward(
                 del staged  # the stock forward needs its memory
                 return _audited(original, relay, planned, logits, runner, batch, *args, **kwargs)
             runner.forward_pass_id += 1
-            try:
-                relay.count_work(planned, work)
-            except Exception as error:
-                relay.failure("report", error)
+            relay.guarded("report", None, relay.count_work, planned, work)
             relay.stats.place_seconds += placed - began
             relay.stats.forward_seconds += time.perf_counter() - placed
-            relay.stats.batch()
+            relay.guarded("report", None, relay.stats.batch)
             if relay.costs is not None:
-                relay.costs.take_relayed(watch, batch, planned.policy, planned.plans, work)
+                relay.guarded("time", None, relay.costs.take_relayed, watch, batch, planned.policy, planned.plans, work)
             return ModelRunnerOutput(logits_output=logits, can_run_graph=False)
     del staged  # the stock forward needs its memory, the more so if that was what failed
     planned.fell_back = reason or "ranks_disagree"
-    relay.stats.fallback()
+    relay.guarded("report", None, relay.stats.fallback)
     return original(runner, batch, *args, **kwargs)
 
 
@@ -95,5 +93,5 @@ def _audited(
             raise RuntimeError("the relayed logits were not kept")
         return divergence(guess, output.logits_output.next_token_logits.index_select(0, rows))
 
-    relay.record_audits(planned, measured)
+    relay.guarded("audit", None, relay.record_audits, planned, measured)
     return output

@@ -11,15 +11,19 @@ from __future__ import annotations
 import copy
 import functools
 import json
+import logging
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
-from typing import Any
+from typing import Any, TypeVar
 
 from sglang.srt.plugins import load_plugins
 from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
+from sglang_relay.engine.log import Log
 from sglang_relay.engine.report import REPORT_KEY
 from sglang_relay.engine.requests import PRIMES
+
+T = TypeVar("T")
 
 _MANAGER = "sglang.srt.managers.tokenizer_manager.TokenizerManager"
 _TO_WORKERS = "sglang.srt.managers.multi_tokenizer_mixin.write_data_for_multi_tokenizer"
@@ -27,6 +31,18 @@ _OPENAI = "sglang.srt.entrypoints.openai"
 _DATA = "data: "
 _STREAM = "_relay_stream"
 """Attribute of a streamed request: its ``_Stream``, which goes when the request goes."""
+
+
+_log = Log(logging.getLogger(__name__))
+
+
+def _guarded(where: str, otherwise: T, call: Callable[..., T], *args: Any) -> T:
+    """What ``call`` returns, ``otherwise`` after a failure: an answer is brought without its report then."""
+    try:
+        return call(*args)
+    except Exception as error:
+        _log.failure(where, error)
+        return otherwise
 
 
 def register(backends: tuple[str, ...]) -> None:
@@ -68,7 +84,8 @@ def install() -> None:
         original: Callable[..., Awaitable[list[dict[str, Any]]]], *args: Any, **kwargs: Any
     ) -> Any:
         """``/server_info`` shows the hooks of the front end that answers: nobody else can tell that it has them."""
-        states, absent = await original(*args, **kwargs), missing(hooks)
+        states = await original(*args, **kwargs)
+        absent = _guarded("state", [h.target for h in hooks], missing, hooks)
         for state in states:
             if REPORT_KEY in state:
                 state[REPORT_KEY]["front_end"] = {h.target: h.target not in absent for h in hooks}
@@ -95,6 +112,11 @@ def send(original: Callable[..., Awaitable[None]], manager: Any, tokenized: Any,
     """A request on its way to the scheduler. Of a prompt that is sampled several times SGLang computes the KV first, by
     a request without an answer (managers/tokenizer_manager.py, ``_handle_batch_request``). It is marked: such requests
     of clients score, and are not relayed."""
+    _guarded("priming", None, _mark, manager, tokenized)
+    return original(manager, tokenized, *args, **kwargs)
+
+
+def _mark(manager: Any, tokenized: Any) -> None:
     sampling = tokenized.sampling_params
     if sampling.max_new_tokens == 0:
         asked = manager.rid_to_state[tokenized.rid].obj.sampling_params or {}
@@ -102,7 +124,6 @@ def send(original: Callable[..., Awaitable[None]], manager: Any, tokenized: Any,
         if asked.get("max_new_tokens") != 0 and (params is None or isinstance(params, dict)):
             tokenized.sampling_params = sampling = copy.copy(sampling)
             sampling.custom_params = {**(params or {}), PRIMES: True}
-    return original(manager, tokenized, *args, **kwargs)
 
 
 # ---------------------------------------------------------------------- answers
@@ -118,11 +139,15 @@ async def answers(
     async with aclosing(original(manager, obj, *args, **kwargs)) as outs:
         async for out in outs:
             for one in out if isinstance(out, list) else [out]:
-                meta_info = one.get("meta_info") or {}
-                _unwrap(meta_info)
-                if waiting is not None:
-                    waiting.note(meta_info)
+                _guarded("report", None, _bring, one, waiting)
             yield out
+
+
+def _bring(one: dict[str, Any], waiting: _Stream | None) -> None:
+    meta_info = one.get("meta_info") or {}
+    _unwrap(meta_info)
+    if waiting is not None:
+        waiting.note(meta_info)
 
 
 def _unwrap(meta_info: dict[str, Any]) -> None:
@@ -166,11 +191,15 @@ async def stream(
     setattr(adapted_request, _STREAM, waiting)
     async with aclosing(original(serving, adapted_request, *args, **kwargs)) as chunks:
         async for chunk in chunks:
-            yield waiting.annotate(chunk)
+            yield _guarded("report", chunk, waiting.annotate, chunk)
 
 
 def response(result: Any, serving: Any, request: Any, ret: Any, *args: Any, **kwargs: Any) -> Any:
     """Add ``sglext.relay`` to a complete chat or text response (a pydantic model)."""
+    return _guarded("report", result, _with_reports, result, ret)
+
+
+def _with_reports(result: Any, ret: Any) -> Any:
     items = ret if isinstance(ret, list) else [ret]
     reports = [item["meta_info"].get(REPORT_KEY) for item in items]
     if not hasattr(result, "choices") or not any(reports):

@@ -77,34 +77,31 @@ class SchedulerHooks:
             self.relay.adopt(req, tenant, has_multimodal=received.mm_inputs is not None)
         except Exception as error:
             failed = self.relay.failure("adopt", error)
-        try:
-            self.relay.agree_on(req, tenant, failed)
-        except Exception as error:
-            self.relay.failure("adopt", error)
+        self.relay.guarded("adopt", None, self.relay.agree_on, req, tenant, failed)
 
     def streamer(self, base: type, scheduler: Any) -> type:
-        return streamer_class(base)
+        return self.relay.guarded("streamer", base, streamer_class, base)
 
     def internal_state(self, result: Any, controller: Any, *args: Any, **kwargs: Any) -> Any:
-        result.internal_state["relay"] = self.state()
+        result.internal_state["relay"] = self.relay.guarded("state", {}, self.state)
         return result
 
     # ------------------------------------------------------------------ scheduling
 
     def adder(self, base: type, scheduler: Any) -> type:
         if base not in self._adders:
-            self._adders[base] = adder_class(base, self.relay)
+            self._adders[base] = self.relay.guarded("adder", base, adder_class, base, self.relay)
         return self._adders[base]
 
     def prepare(self, original: Callable[..., None], batch: Any, *args: Any, **kwargs: Any) -> None:
-        batch.relay_plan = planned = self.relay.plan(batch)
+        batch.relay_plan = planned = self.relay.guarded("plan", None, self.relay.plan, batch)
         if self.relay.influence is not None:
-            self.relay.influence.admit(batch.reqs)
+            self.relay.guarded("influence", None, self.relay.influence.admit, batch.reqs)
         try:
             original(batch, *args, **kwargs)
         except BaseException:
             if planned is not None:
-                self.relay.donors.release(planned.held)
+                self.relay.release(planned.held)
             raise
 
     def run_batch(self, original: Callable[..., Any], scheduler: Any, batch: Any, *args: Any, **kwargs: Any) -> Any:
@@ -117,26 +114,27 @@ class SchedulerHooks:
             return original(scheduler, batch, *args, **kwargs)
         finally:
             self._running = None
-            self.relay.finish(planned)
+            self.relay.guarded("finish", None, self.relay.finish, planned)
 
     def forward(self, original: Callable[..., Any], runner: Any, batch: Any, *args: Any, **kwargs: Any) -> Any:
         if runner.is_draft_worker or self.relay.tools is None:
             return original(runner, batch, *args, **kwargs)
-        repair_quotes(self.relay, self.relay.tools, self._reqs, batch)
+        guarded = self.relay.guarded
+        guarded("quotes", None, repair_quotes, self.relay, self.relay.tools, self._reqs, batch)
         if (hidden := self.relay.hidden) is not None:
-            hidden.begin(batch)
+            guarded("hidden_states", None, hidden.begin, batch)
         if (influence := self.relay.influence) is None:
             return self._forward(original, runner, batch, *args, **kwargs)
-        influence.begin(self._reqs, batch, relayed=self._running is not None)
+        guarded("influence", None, influence.begin, self._reqs, batch, relayed=self._running is not None)
         output = self._forward(original, runner, batch, *args, **kwargs)
-        influence.end()
+        guarded("influence", None, influence.end)
         return output
 
     def _forward(self, original: Callable[..., Any], runner: Any, batch: Any, *args: Any, **kwargs: Any) -> Any:
         planned, tools, reqs = self._running, self.relay.tools, self._reqs
 
         def stock(*given: Any, **named: Any) -> Any:
-            recompute_placed(original, self.relay, runner, reqs, batch)
+            self.relay.guarded("recompute", None, recompute_placed, original, self.relay, runner, reqs, batch)
             return original(*given, **named)
 
         if planned is None or tools is None:
@@ -147,16 +145,11 @@ class SchedulerHooks:
         return relay_forward(stock, self.relay, tools, planned, runner, batch, *args, **kwargs)
 
     def update_weights(self, original: Callable[..., Any], updater: Any, *args: Any, **kwargs: Any) -> Any:
-        waiting = [*updater.scheduler.waiting_queue, *_grammar_queue(updater.scheduler)]
-        self.relay.learning.on_weights(waiting, begin=True)
+        self.relay.weights_change(updater.scheduler, begin=True)
         try:
             return original(updater, *args, **kwargs)
         finally:
-            self.relay.learning.on_weights(waiting, begin=False)
-
-
-def _grammar_queue(scheduler: Any) -> list[Any]:
-    return list(scheduler.grammar_manager.grammar_queue)
+            self.relay.weights_change(updater.scheduler, begin=False)
 
 
 def install(hooks: list[Hook]) -> None:

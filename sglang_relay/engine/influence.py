@@ -115,19 +115,25 @@ class Influence:
             own = state.influence = Collected(req.retraction_count, start)
         own.reached, own.extends = chunk_end(req), True
 
-    def checkpoint(self, req: Req, up_to: int, insert: Callable[[], None]) -> None:
-        """``insert`` the first ``up_to`` tokens of ``req`` into the tree. Where the tree has them already it keeps its
-        own slots, which have another writer: what ``req`` adds to begins behind them."""
+    def before_insert(self, req: Req, up_to: int) -> torch.Tensor | None:
+        """The tree is about to get the first ``up_to`` tokens of ``req``. The slots that ``req`` adds to, int64; None
+        where it adds to none."""
         own = self._own(req)
         if own is None or req.finished() or up_to <= own.start:
-            insert()
+            return None
+        return self._table[req.kv.req_pool_idx, own.start : up_to].clone()
+
+    def after_insert(self, req: Req, up_to: int, before: torch.Tensor) -> None:
+        """Where the tree had the tokens already it keeps its own slots, which have another writer: what ``req`` adds to
+        begins behind them. If that cannot be told, it adds to nothing any more."""
+        state = relay_of(req)
+        if state is None or (own := state.influence) is None:
             return
-        row = self._table[req.kv.req_pool_idx, own.start : up_to]
-        before = row.clone()
-        insert()
-        moved = torch.nonzero(before != row)
+        state.influence = None
+        moved = torch.nonzero(before != self._table[req.kv.req_pool_idx, own.start : up_to])
         if len(moved):
             own.start += int(moved[-1]) + 1
+        state.influence = own
 
     @staticmethod
     def _own(req: Req) -> Collected | None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import time
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
@@ -45,6 +45,8 @@ if TYPE_CHECKING:
     from sglang_relay.engine.tree import RelayCache
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 STOCK = "stock"
 """A batch in which nothing may be reused."""
@@ -130,6 +132,8 @@ class RelayManager:
         self._log = Log(logger)
         self.planner = Planner(tree, self.donors, self._policies, pool_slots)
         self._outstanding: BatchPlan | None = None
+        self._releasing: list[Held] = []
+        """Locks that are due."""
 
     @property
     def default_tier(self) -> str:
@@ -210,7 +214,7 @@ class RelayManager:
         middle of its chunks keeps its pieces: what a chunk's end has left of one may be too short to be found again.
         """
         state = relay_of(req)
-        if state is None or not state.relays:
+        if state is None or not state.relays or self.unsupported:
             return None
         if req.return_hidden_states:  # wanted of every row that is computed, so none is copied; prefix hits stay
             state.shortfall = "hidden_states_requested"
@@ -222,24 +226,30 @@ class RelayManager:
         began = time.perf_counter()
         pieces: list[Candidate] = []
         failed = None
+        digest = 0
         try:
-            pieces = self.matcher.pieces(req, state, self.policy_of(state))
+            pieces = self._admitted(state, self.matcher.pieces(req, state, self.policy_of(state)))
+            digest = digest_of(req.rid, [tuple(p) for p in pieces])
         except Exception as error:
             failed = self.failure("match", error)
-        vote = self.consensus.vote(failed is None, digest_of(req.rid, [tuple(p) for p in pieces]))
+        vote = self.consensus.vote(failed is None, digest)
         if not all(vote):
             pieces = []
-            self._decline(state, failed or "ranks_disagree")
+            self.guarded("report", None, self._decline, state, failed or "ranks_disagree")
             if vote.ok:
-                self.learning.start_over()
-        if any(p.donor != EXACT_PREFIX for p in pieces) and not self.auditor.admits(state):
-            pieces = [p for p in pieces if p.donor == EXACT_PREFIX]
-            state.shortfall = BREAKER_OPEN
+                self.guarded("learn", None, self.learning.start_over)
         state.pieces, state.pieces_version, state.pieces_from = pieces, self.learning.version, req.prefix_len
         elapsed = time.perf_counter() - began
         state.report["match_ms"] = round(state.report["match_ms"] + 1e3 * elapsed, 3)
         self.stats.match_seconds += elapsed
         return state
+
+    def _admitted(self, state: RelayRequest, pieces: list[Candidate]) -> list[Candidate]:
+        """``pieces``, or the exact ones of them where the request's breaker is open."""
+        if all(p.donor == EXACT_PREFIX for p in pieces) or self.auditor.admits(state):
+            return pieces
+        state.shortfall = BREAKER_OPEN
+        return [p for p in pieces if p.donor == EXACT_PREFIX]
 
     def company(self, req: Req) -> Policy | str | None:
         """What the batch that ``req`` joins has to be: of the policy under which it reuses text from here on, or
@@ -270,8 +280,7 @@ class RelayManager:
         With several ranks every batch that holds a relaying request reaches the same agreement, planned or not.
         """
         began = time.perf_counter()
-        if self._outstanding is not None:
-            self.donors.release(self._outstanding.held)
+        self.release([] if self._outstanding is None else self._outstanding.held)
         states = [relay_of(r) for r in batch.reqs]
         try:
             for req, state in zip(batch.reqs, states, strict=True):
@@ -280,12 +289,9 @@ class RelayManager:
                     state.quotes = self.learning.quotes.found(req) if follows else None
         except Exception as error:
             self.failure("report", error)
-        planned = self._agreed_plan(batch, states) if any(s is not None and s.relays for s in states) else None
-        try:
-            self._count(batch, states, planned)
-        except Exception as error:
-            self.failure("report", error)
-        self._outstanding = planned
+        relays = not self.unsupported and any(s is not None and s.relays for s in states)
+        self._outstanding = planned = self._agreed_plan(batch, states) if relays else None
+        self.guarded("report", None, self._count, batch, states, planned)
         self.stats.plan_seconds += time.perf_counter() - began
         return planned
 
@@ -300,27 +306,33 @@ class RelayManager:
                     self.stats.decline(reason)
 
     def _agreed_plan(self, batch: ScheduleBatch, states: list[RelayRequest | None]) -> BatchPlan | None:
-        planned, reason, why = None, None, None
+        planned, reason, why, digest = None, None, None, 0
         try:
             reason = batch_reason(batch) or self._broken_invariant(batch)
             planned = None if reason else self._plan(batch, states)
+            shapes = [] if planned is None else list(map(_shape, planned.plans, planned.actions))
+            digest = digest_of(batch.batch_size(), shapes)
         except Decline as decline:
             reason, why = decline.reason, decline.detail
         except Exception as error:
             reason = self.failure("plan", error)
-        shape = [] if planned is None else [(_shape(p), a) for p, a in zip(planned.plans, planned.actions, strict=True)]
-        if not self.consensus.agree(reason is None, digest_of(batch.batch_size(), shape)):
-            reason = reason or "ranks_disagree"
+        # Behind this agreement the ranks run the same plans, whatever fails on one of them alone.
+        if self.consensus.agree(reason is None, digest):
             if planned is not None:
-                self.donors.release(planned.held)
-                planned = None
-        elif planned is not None:
-            self.donors.touch(planned.held)
-            planned = self._settled(planned)
+                self.guarded("plan", None, self._settle, planned)
+        else:
+            self.guarded("report", None, self._decline_all, states, reason or "ranks_disagree", why)
+            if planned is not None:
+                planned.plans = []
+        if planned is None or planned.plans:
+            return planned
+        self.release(planned.held)
+        return None
+
+    def _decline_all(self, states: list[RelayRequest | None], reason: str, why: str | None) -> None:
         for state in states:
-            if reason is not None and state is not None and state.relays and state.pieces:
+            if state is not None and state.relays and state.pieces:
                 self._decline(state, reason, why)
-        return planned
 
     def _broken_invariant(self, batch: ScheduleBatch) -> str | None:
         broken = broken_invariant(batch, self.chunk)
@@ -330,32 +342,30 @@ class RelayManager:
         return broken
 
     def _plan(self, batch: ScheduleBatch, states: list[RelayRequest | None]) -> BatchPlan | None:
-        made = self.planner.plan(batch, states, self._decline)
-        if made is None:
-            return None
-        planned = BatchPlan(made.policy, made.plans, list(batch.reqs), made.held)
+        held: list[Held] = []
         try:
+            made = self.planner.plan(batch, states, self._decline, held)
+            if made is None:
+                return None
+            planned = BatchPlan(made.policy, made.plans, list(batch.reqs), held)
             planned.actions = self.auditor.choose(planned.plans, planned.states(), planned.policy)
         except BaseException:
-            self.donors.release(planned.held)
+            self.release(held)
             raise
         return planned
 
-    def _settled(self, planned: BatchPlan) -> BatchPlan | None:
-        """The ranks have agreed: ``planned`` without the plans that are served stock; None where none is left."""
-        actions, states = planned.actions, planned.states()
-        self.auditor.count(planned.plans, states, planned.policy, actions)
+    def _settle(self, planned: BatchPlan) -> None:
+        """The ranks have agreed on ``planned``: count, and leave out the plans that are served stock."""
+        plans, actions, states = planned.plans, planned.actions, planned.states()
+        planned.plans = [p for p, a in zip(plans, actions, strict=True) if a is not Action.STOCK]
+        planned.actions = [a for a in actions if a is not Action.STOCK]
+        self.auditor.count(plans, states, planned.policy, actions)
         for state, action in zip(states, actions, strict=True):
             if action is Action.STOCK:
                 state.verdict = state.verdict and state.verdict._replace(action=action)
                 state.pieces = [p for p in state.pieces if p.donor == EXACT_PREFIX]
                 self._decline(state, BREAKER_OPEN)
-        planned.plans = [p for p, a in zip(planned.plans, actions, strict=True) if a is not Action.STOCK]
-        planned.actions = [a for a in actions if a is not Action.STOCK]
-        if not planned.plans:
-            self.donors.release(planned.held)
-            return None
-        return planned
+        self.donors.touch(planned.held)
 
     # ------------------------------------------------------------------ run
 
@@ -376,17 +386,14 @@ class RelayManager:
         except Exception as error:
             self.failure("finish", error)
         finally:
-            self.donors.release(planned.held)
+            self.release(planned.held)
             self._outstanding = None
 
     def record_audits(self, planned: BatchPlan, measured: Callable[[], list[float]]) -> None:
         """The exact answer of an audited batch is served; ``measured`` says how far the relayed one was from it."""
         states = [s for i in planned.audits if (s := relay_of(planned.reqs[planned.plans[i].row])) is not None]
-        try:
-            self.auditor.record(states, measured)
-        except Exception as error:
-            self.failure("audit", error)
-        self.stats.audit(len(states))
+        self.guarded("audit", None, self.auditor.record, states, measured)
+        self.guarded("report", None, self.stats.audit, len(states))
 
     def count_work(self, planned: BatchPlan, work: list[Work]) -> None:
         """``work[i]``: what the repair of plan ``i`` took."""
@@ -426,11 +433,8 @@ class RelayManager:
 
     def finished(self, req: Req) -> None:
         """``req`` has its whole answer, and so its whole report."""
-        try:
-            if (state := relay_of(req)) is not None:
-                self.stats.finished(state.report)
-        except Exception as error:
-            self.failure("report", error)
+        if (state := relay_of(req)) is not None:
+            self.stats.finished(state.report)
 
     # ------------------------------------------------------------------ failures
 
@@ -446,12 +450,39 @@ class RelayManager:
         self._log.failure(where, error)
         return reason
 
+    def guarded(self, where: str, otherwise: T, call: Callable[..., T], *args: Any, **kwargs: Any) -> T:
+        """What ``call`` returns, ``otherwise`` after a failure. SGLang's scheduler calls nothing of the relay but
+        through here, or through what catches as much itself: it never sees an exception of ours."""
+        try:
+            return call(*args, **kwargs)
+        except Exception as error:
+            self.failure(where, error)
+            return otherwise
+
+    def release(self, held: list[Held]) -> None:
+        """Give ``held`` back, now or, after a failure, with the next ones."""
+        self._releasing += held
+        held.clear()
+        self.guarded("release", None, self.donors.release, self._releasing)
+
+    def weights_change(self, scheduler: Any, *, begin: bool) -> None:
+        """Weights are about to change (``begin``) or have changed. Where a rank cannot forget what was learnt of the
+        old ones, none relays any more."""
+        try:
+            waiting = [*scheduler.waiting_queue, *scheduler.grammar_manager.grammar_queue]
+            self.learning.on_weights(waiting, begin=begin)
+            failed = False
+        except Exception as error:
+            failed = bool(self.failure("weights", error))
+        if not self.consensus.agree(not failed, 0) and not self.unsupported:
+            self.unsupported.append("internal_error:weights")
+
     def log_once(self, reason: str, text: str) -> str:
         """Returns ``text`` as it may be shown (log.py, ``plain``)."""
         return self._log.once(reason, text)
 
 
-def _shape(plan: RelayPlan) -> tuple:
+def _shape(plan: RelayPlan, action: Action) -> tuple:
     waiting = None if plan.pending is None else (plan.pending.start, plan.pending.placed)
     segments = [(s.start, s.stop, s.source, s.depth, s.exact) for s in plan.segments]
-    return plan.row, plan.prefix, plan.stop, waiting, segments
+    return plan.row, plan.prefix, plan.stop, waiting, segments, action

@@ -18,11 +18,10 @@ if TYPE_CHECKING:
 
 
 class Plans(NamedTuple):
-    """One policy, a plan per request that relays, and the locks on their donors."""
+    """One policy, and a plan per request that relays."""
 
     policy: Policy
     plans: list[RelayPlan]
-    held: list[Held]
 
 
 class Planner:
@@ -37,31 +36,28 @@ class Planner:
         batch: ScheduleBatch,
         states: list[RelayRequest | None],
         decline: Callable[[RelayRequest, str], None],
+        held: list[Held],
     ) -> Plans | None:
-        """None when nothing is reused. decline: called for requests that this batch leaves out. Raises Decline."""
+        """None when nothing is reused. decline: called for requests that this batch leaves out. held: takes the donors'
+        locks, whatever follows. Raises Decline."""
         policy: Policy | None = None
         plans: list[RelayPlan] = []
-        held: list[Held] = []
-        try:
-            for row, (req, state) in enumerate(zip(batch.reqs, states, strict=True)):
-                if state is None or not state.relays or not (state.pieces or state.placed):
-                    continue
-                own = self._policies[state.controls.policy]
-                if policy is not None and own is not policy:
-                    decline(state, "other_policy_in_batch")
-                    continue
-                plan = self._plan(row, req, state, held)
-                if plan.segments or plan.pending is not None:
-                    policy = own
-                    plan.check(self._pool_slots)
-                    plans.append(plan)
-            if policy is None:
-                return None
-            self._check_memory(batch)
-        except BaseException:
-            self._donors.release(held)
-            raise
-        return Plans(policy, plans, held)
+        for row, (req, state) in enumerate(zip(batch.reqs, states, strict=True)):
+            if state is None or not state.relays or not (state.pieces or state.placed):
+                continue
+            own = self._policies[state.controls.policy]
+            if policy is not None and own is not policy:
+                decline(state, "other_policy_in_batch")
+                continue
+            plan = self._plan(row, req, state, held)
+            if plan.segments or plan.pending is not None:
+                policy = own
+                plan.check(self._pool_slots)
+                plans.append(plan)
+        if policy is None:
+            return None
+        self._check_memory(batch)
+        return Plans(policy, plans)
 
     def _plan(self, row: int, req: Req, state: RelayRequest, held: list[Held]) -> RelayPlan:
         stop, tokens = chunk_end(req), tokens_of(req)

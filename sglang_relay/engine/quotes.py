@@ -76,18 +76,19 @@ def repair_quotes(relay: RelayManager, tools: ForwardTools, reqs: list[Req], bat
     watched = [s for s in states if s is not None and s.quotes is not None]
     if not watched:
         return
-    failure, stage, wanted = None, None, []
+    failure, stage, wanted, digest = None, None, [], 0
     try:
         require_own_rows_only(batch, adapters=True)
         wanted = _wanted(relay, reqs, states, batch)
         if any(w is not None for w in wanted):
             stage = _stage(tools, batch, wanted)
+        digest = digest_of([None if w is None else w[0].tolist() for w in wanted])
     except Decline as decline:
         failure = decline.reason
         relay.log_once(f"quotes:{failure}", f"quotes are not repaired: {decline}")
     except Exception as error:
         failure = relay.failure("quotes", error)
-    agreed = relay.consensus.agree(failure is None, digest_of([None if w is None else w[0].tolist() for w in wanted]))
+    agreed = relay.consensus.agree(failure is None, digest)
     if agreed and stage is not None and (agreed := _run(relay, tools, batch, stage)):
         for state, found in zip(states, wanted, strict=True):
             if state is not None and found is not None:

@@ -34,24 +34,33 @@ class RelayCache(UnifiedRadixCache):
     def checkpoint_into_tree(self, req: Req, *, up_to: int, **kwargs) -> None:
         if self._capture is not None and req.finished():
             self._capture.take(req, up_to)  # before the insert, which may give slots up for the tree's own
-        state = relay_of(req)
-        early = state is not None and answered_too_early(req, state, up_to)
-        if early and self.relay is not None:
-            self.relay.log_once("host_invariant", f"request {req.rid!r} has an answer before its prompt was computed")
-        if state is not None and (early or state.pending is not None):
-            end = state.reached if early else up_to
-            end = end if state.pending is None else min(end, state.pending)
-            # The insert continues what the request has locked, which ends at or before the first placed span.
-            up_to = max(min(up_to, end), req.kv.cache_protected_len)
-        influence = None if self.relay is None else self.relay.influence
-        if influence is None:
+        if (relay := self.relay) is None:
             super().checkpoint_into_tree(req, up_to=up_to, **kwargs)
-        else:
-            influence.checkpoint(
-                req, up_to, lambda: super(RelayCache, self).checkpoint_into_tree(req, up_to=up_to, **kwargs)
-            )
-        if self.relay is not None and req.finished() and not early:
-            self.relay.learning.learn(req, up_to)
+            return
+        # The insert continues what the request has locked, which ends at or before all that may not be published.
+        locked = req.kv.cache_protected_len
+        end = relay.guarded("publish", locked, self._publishable, relay, req, up_to)
+        end = up_to if end >= up_to else max(end, locked)
+        influence, before = relay.influence, None
+        if influence is not None:
+            before = relay.guarded("influence", None, influence.before_insert, req, end)
+        super().checkpoint_into_tree(req, up_to=end, **kwargs)
+        if influence is not None and before is not None:
+            relay.guarded("influence", None, influence.after_insert, req, end, before)
+        if req.finished() and end == up_to:
+            relay.guarded("learn", None, relay.learning.learn, req, up_to)
+
+    @staticmethod
+    def _publishable(relay: RelayManager, req: Req, up_to: int) -> int:
+        """The end of what the tree may have of ``[0, up_to)``: not what waits for its repair, and nothing behind a
+        prompt that was not computed."""
+        state = relay_of(req)
+        if state is None:
+            return up_to
+        if answered_too_early(req, state, up_to):
+            relay.log_once("host_invariant", f"request {req.rid!r} has an answer before its prompt was computed")
+            up_to = min(up_to, state.reached)
+        return up_to if state.pending is None else min(up_to, state.pending)
 
     def on_release(self, req: Req, *, checkpointed: bool) -> None:
         super().on_release(req, checkpointed=checkpointed)
@@ -66,9 +75,9 @@ class RelayCache(UnifiedRadixCache):
 
     def _finished(self, req: Req) -> None:
         if self.relay is not None and req.finished():  # a retracted request is released, too
-            self.relay.finished(req)
+            self.relay.guarded("report", None, self.relay.finished, req)
 
     def reset(self) -> None:
         super().reset()
         if self.relay is not None:
-            self.relay.learning.on_flush()
+            self.relay.guarded("flush", None, self.relay.learning.on_flush)
