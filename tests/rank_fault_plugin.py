@@ -20,6 +20,7 @@ def load() -> None:
     from sglang_relay import index
     from sglang_relay.attention import engines
     from sglang_relay.engine import backend, collectives, forward, manager, quotes, rotary_probe, selection, stage
+    from sglang_relay.engine.audit import Auditor
     from sglang_relay.engine.influence import Influence
     from sglang_relay.ops import torch_ops
     from sglang_relay.plan import RelayPlan
@@ -28,6 +29,9 @@ def load() -> None:
     _wrap(index.ContentIndex, "match", {"match": _raise, "other_segments": _other_segments})
     _wrap(index.ContentIndex, "learn", {"learn": _raise})
     _wrap(manager, "new_report", {"adopt": _raise})
+    _wrap(Auditor, "admits", {"admits": _raise})
+    _wrap(Auditor, "choose", {"choose": _raise})
+    _wrap(Auditor, "count", {"count": _raise})
     _wrap(RelayPlan, "check", {"plan": _raise})
     _wrap(forward.StagedForward, "prepare", {"prepare": _raise})
     _wrap(engines, "attend", {"attention": _raise})

@@ -25,7 +25,7 @@ ANSWER_WITHIN = 120.0
 """Seconds; far more than an answer takes, far less than a collective waits for a rank that does not come."""
 
 
-_RARE = ("plan", "place", "measure", "select", "other_rows", "hand_over")
+_RARE = ("admits", "plan", "place", "measure", "select", "other_rows", "hand_over")
 
 
 def slow(*values: str) -> Any:
@@ -134,7 +134,7 @@ def test_ranks_relay_together(ranks: Ranks, policy: str) -> None:
     ranks.relays(policy)
 
 
-@pytest.mark.parametrize("fault", ["adopt", "match", "prepare", "attention", *map(slow, _RARE)])
+@pytest.mark.parametrize("fault", ["adopt", "match", "choose", "prepare", "attention", *map(slow, _RARE)])
 def test_one_broken_rank_makes_all_decline(ranks: Ranks, fault: str) -> None:
     ranks.relays()
     ranks.fault(fault)
@@ -164,6 +164,12 @@ def test_rank_that_fails_where_the_others_go_on_to_meet(ranks: Ranks, fault: str
     assert ranks.declines(policy) == "ranks_disagree"
     ranks.fault("")
     ranks.relays(policy)
+
+
+def test_rank_that_cannot_count_an_agreed_plan_goes_on_with_the_others(ranks: Ranks) -> None:
+    ranks.fault("count")
+    ranks.relays()
+    ranks.relays("probe")
 
 
 def test_nothing_is_summed_for_the_first_time_while_requests_wait(ranks: Ranks) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from sglang.srt.managers.schedule_batch import FINISH_ABORT
@@ -26,6 +26,11 @@ if TYPE_CHECKING:
 
 _DEPTH_MARKS = 1 << 18
 """Paths whose approximation depth is remembered."""
+
+
+def owner_of(tenant: Any) -> tuple[str | None, str | None]:
+    """Whose share of the index a `Tenant`'s donors count in. Scopes cost a client nothing, so they are no owners."""
+    return tenant.key, tenant.salt
 
 
 class Learning:
@@ -54,6 +59,7 @@ class Learning:
             min_run=config.min_segment,
             max_bytes=config.index_bytes,
             max_runs=2 * config.max_segments,
+            owner_of=owner_of,
         )
         self.donors = Donors(tree, self.index)
         self.depths = DepthMap(base, max_entries=_DEPTH_MARKS)

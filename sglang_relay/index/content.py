@@ -6,9 +6,10 @@ from collections.abc import Callable, Hashable
 
 import numpy as np
 
-from .blocks import BLOCK, BlockPool
+from .blocks import BLOCK, BLOCK_BYTES, BlockPool
 from .match import Run, Work, find_runs, rank
 from .rolling import MODULUS, mix, power, prefix_hashes, table_key, window_hash
+from .shares import OWNER_BYTES, Shares
 from .spans import (
     DEPTH,
     ID,
@@ -47,8 +48,8 @@ class ContentIndex:
     """Donor spans by content, for one server process. Not thread-safe: the scheduler's thread owns it.
 
     Deterministic: what it answers and evicts is a function of the sequence of calls, the same in every process that
-    makes the same calls with the same `base` (eviction follows a logical clock; ids and hashes follow the calls and the
-    base). `match` changes nothing.
+    makes the same calls with the same `base` (eviction follows shares and a logical clock; ids and hashes follow the
+    calls and the base). `match` changes nothing.
 
     It knows token ids only. A donor's KV is looked up by path in the radix tree when it is used, and may be gone by
     then: `forget` donors found dead, `touch` those that served.
@@ -56,7 +57,7 @@ class ContentIndex:
     Parameters: `base`, of the rolling hash, secret and random (any integer is correct, a guessable one can be made
     slow); `window` and `stride`, see windows.py; `min_run`, the shortest run worth reporting; `max_bytes`, bound on
     `nbytes`; `max_runs`, bound on the runs of one match; `alternatives`, how many donors at most are offered for one
-    piece of text.
+    piece of text; `owner_of`, whose share of the bytes a tenant's donors count in (shares.py), one for all by default.
     """
 
     def __init__(
@@ -69,6 +70,7 @@ class ContentIndex:
         max_bytes: int = 256 << 20,
         max_runs: int = 128,
         alternatives: int = 4,
+        owner_of: Callable[[Hashable], Hashable] = lambda tenant: None,
     ) -> None:
         if min(window, stride, min_run, max_runs, alternatives) < 1:
             raise ValueError("window, stride, min_run, max_runs and alternatives must be at least 1")
@@ -79,6 +81,8 @@ class ContentIndex:
         self._blocks = BlockPool()
         self._windows = Table()
         self._donors = DonorRecords()
+        self._owner_of = owner_of
+        self._shares = Shares()
         self._counts: Counter[str] = Counter()
         self._blocks_limit = BlockPool.capacity_for(int(max_bytes * _POOL_SHARE))
         self._rows_limit = int(max_bytes * _ROWS_SHARE) // ROW_BYTES
@@ -94,10 +98,11 @@ class ContentIndex:
     def nbytes(self) -> int:
         """Bytes held: token blocks, tables and donor records. The arrays that a match works with come on top while it
         runs (32 bytes per prompt token), and so does the old table while a table grows."""
-        return self._bytes_with(self._blocks.capacity, self._windows.capacity, self._donors.capacity, len(self))
+        sizes = self._blocks.capacity, self._windows.capacity, self._donors.capacity
+        return self._bytes_with(*sizes, len(self), len(self._shares))
 
-    def _bytes_with(self, blocks: int, slots: int, rows: int, donors: int) -> int:
-        names = self._donors.tenants.nbytes + self._donors.namespaces.nbytes
+    def _bytes_with(self, blocks: int, slots: int, rows: int, donors: int, owners: int) -> int:
+        names = self._donors.tenants.nbytes + self._donors.namespaces.nbytes + owners * OWNER_BYTES
         return BlockPool.bytes_for(blocks) + slots * SLOT_BYTES + rows * ROW_BYTES + donors * RECORD_BYTES + names
 
     # -- learning ------------------------------------------------------------------------------------------------------
@@ -110,8 +115,8 @@ class ContentIndex:
         Returns the donor's id, greater than all before it; the id it has already if the same tenant's same span of the
         same path in the same namespace is known (it becomes the most recently used, its depth the greater of the two,
         for the tree may hold either's KV); None if the span is shorter than `min_run` or `window`, or too large for
-        `max_bytes`. Least recently used donors make room. Raises ValueError if the span is not inside the path or
-        `depth` is negative.
+        `max_bytes`. Room is made by the least recently used donors of who holds most. Raises ValueError if the span is
+        not inside the path or `depth` is negative.
         """
         start, stop, depth = int(start), int(stop), int(depth)  # kernels are compiled for no narrower integers
         if not 0 <= start <= stop <= len(path) < _TOKEN_LIMIT or depth < 0:
@@ -133,6 +138,7 @@ class ContentIndex:
             donors.tenants.release(tenant_number)
             donors.namespaces.release(namespace_number)
             donors.refresh(known, depth)
+            self._shares.use(known)
             self._counts["refreshed"] += 1
             return known
         blocks.hold(chain.tail)  # evictions must not free what the path shares
@@ -144,6 +150,8 @@ class ContentIndex:
         arguments = (self._factor, self._seed(tenant_number), donors.slot(donor), table.keys, table.values, donors.rows)
         added, displaced, repeats = add_windows(hashes[start:], start, self.window, self.stride, *arguments)
         table.count += added
+        size = RECORD_BYTES + missing * BLOCK_BYTES + windows * SLOT_BYTES
+        self._shares.add(donor, self._owner_of(tenant), size)
         self._counts.update(learnt=1, displaced=displaced, repeats=repeats, shared_blocks=chain.blocks)
         return donor
 
@@ -154,7 +162,13 @@ class ContentIndex:
 
     def _fits(self, tenant: Hashable, namespace: str | None, path: int, windows: int) -> bool:
         """Whether such a donor fits into an index that holds nothing else; if not, evicting for it would be in vain."""
-        record = RECORD_BYTES + Names.cost(tenant) + Names.cost(namespace) + Table.slots_for(windows) * SLOT_BYTES
+        record = (
+            RECORD_BYTES
+            + OWNER_BYTES
+            + Names.cost(tenant)
+            + Names.cost(namespace)
+            + Table.slots_for(windows) * SLOT_BYTES
+        )
         rows = self._rows_limit > 0
         return rows and BlockPool.blocks_of(path) <= self._blocks_limit and record <= self.max_bytes * _DONOR_SHARE
 
@@ -166,7 +180,7 @@ class ContentIndex:
             if self._windows.capacity > (slots if alone else 2 * slots):
                 self._windows.resize(slots if alone else slots * 5 // 4)
             else:
-                self._remove(next(iter(self._donors)))
+                self._remove(self._shares.victim())
                 self._counts["evictions"] += 1
 
     def _grow(self, blocks: int, windows: int) -> bool:
@@ -181,7 +195,7 @@ class ContentIndex:
                 size if need <= size else min(max(need, size + size // step), limit)
                 for need, size, limit in zip(needs, sizes, limits, strict=True)
             )
-            if self._bytes_with(room, slots, rows, len(donors) + 1) <= self.max_bytes:
+            if self._bytes_with(room, slots, rows, len(donors) + 1, len(self._shares) + 1) <= self.max_bytes:
                 if room > pool.capacity:
                     pool.grow(room)
                 if slots > table.capacity:
@@ -199,6 +213,7 @@ class ContentIndex:
         arguments = (self._factor, self._seed(tenant), slot, table.keys, table.values)
         table.count -= remove_windows(hashes, start, self.window, self.stride, *arguments)
         donors.remove(donor)
+        self._shares.remove(donor)
         self._blocks.release(tail)
 
     # -- matching ------------------------------------------------------------------------------------------------------
@@ -286,6 +301,7 @@ class ContentIndex:
         """Make a donor that has served the most recently used; one that is gone is ignored."""
         if donor in self._donors:
             self._donors.refresh(donor, 0)
+            self._shares.use(donor)
 
     def forget(self, donor: int) -> None:
         """Drop a donor (its KV was found dead); one that is gone is ignored."""
@@ -306,6 +322,7 @@ class ContentIndex:
         self._blocks.clear()
         self._windows.clear()
         self._donors.clear(first_id)
+        self._shares = Shares()
 
     # -- state ---------------------------------------------------------------------------------------------------------
 
@@ -320,11 +337,13 @@ class ContentIndex:
         """Raises AssertionError unless all parts agree with each other and with the byte bound. Slow; for tests."""
         donors = self._donors
         donors.check_integrity()
+        self._shares.check_integrity()
+        assert sorted(self._shares) == sorted(donors)
         self._blocks.check_integrity(Counter(donors.rows[donors.slot(donor), TAIL].item() for donor in donors))
         table = self._windows
         table.check_integrity()
         arrays = self._blocks.nbytes + table.nbytes + donors.rows.nbytes
-        names = donors.tenants.nbytes + donors.namespaces.nbytes
+        names = donors.tenants.nbytes + donors.namespaces.nbytes + len(self._shares) * OWNER_BYTES
         assert self.nbytes == arrays + names + len(self) * RECORD_BYTES, "the books differ from the arrays"
         assert self.nbytes <= self.max_bytes, f"{self.nbytes} bytes exceed {self.max_bytes}"
         live = {donors.slot(donor) for donor in donors}

@@ -13,8 +13,8 @@ TENANT, NAMESPACE, START, STOP, DEPTH, TAIL, USED, ID, HEAD, LISTED = range(10)
 COLUMNS = 10
 
 ROW_BYTES = COLUMNS * 8
-# What the dictionaries hold per donor besides its row: two entries, a key of four integers, the id.
-RECORD_BYTES = 512
+# What the dictionaries hold per donor besides its row: two entries, a key of four integers, the id; its owner and size.
+RECORD_BYTES = 768
 _NAME_BYTES = 256
 _OBJECT_BYTES = 64
 
