@@ -19,7 +19,17 @@ class Injected(RuntimeError):
 def load() -> None:
     from sglang_relay import index
     from sglang_relay.attention import engines
-    from sglang_relay.engine import backend, collectives, forward, manager, quotes, rotary_probe, selection, stage
+    from sglang_relay.engine import (
+        backend,
+        collectives,
+        forward,
+        manager,
+        quote_book,
+        quotes,
+        rotary_probe,
+        selection,
+        stage,
+    )
     from sglang_relay.engine.audit import Auditor
     from sglang_relay.engine.influence import Influence
     from sglang_relay.ops import torch_ops
@@ -46,7 +56,7 @@ def load() -> None:
     _wrap(collectives, "_build", {"build": _raise})
     _wrap(torch_ops, "realign", {"place": _raise})
     _wrap(DeviationPolicy, "select", {"select": _raise, "other_rows": _other_rows})
-    _wrap(quotes, "quoted", {"quotes": _raise, "other_quotes": _other_quotes})
+    _wrap(quote_book, "quoted", {"quotes": _raise, "other_quotes": _other_quotes})
     _wrap(quotes, "_stage", {"quote_attention": _failed_stage})
     _record_sums()
 

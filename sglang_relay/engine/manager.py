@@ -324,6 +324,7 @@ class RelayManager:
             return None
         # From here on the ranks run the same plans, whatever fails on one of them alone.
         if planned is not None:
+            self.guarded("plan", None, self.donors.touch, planned.held)
             self.guarded("plan", None, self._settle, planned)
             if not planned.plans:
                 self.release(planned.held)
@@ -361,7 +362,6 @@ class RelayManager:
                 state.verdict = state.verdict and state.verdict._replace(action=action)
                 state.pieces = [p for p in state.pieces if p.donor == EXACT_PREFIX]
                 self._decline(state, BREAKER_OPEN)
-        self.donors.touch(planned.held)
 
     # ------------------------------------------------------------------ run
 
