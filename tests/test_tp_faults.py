@@ -170,6 +170,10 @@ def test_rank_that_cannot_count_an_agreed_plan_goes_on_with_the_others(ranks: Ra
     ranks.fault("count")
     ranks.relays()
     ranks.relays("probe")
+    ranks.fault("")
+    ranks.evict()
+    ranks.decode_two()
+    ranks.relays()
 
 
 def test_nothing_is_summed_for_the_first_time_while_requests_wait(ranks: Ranks) -> None:
