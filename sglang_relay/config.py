@@ -80,6 +80,8 @@ class RelayConfig:
     attention: what computes attention of scattered rows: ``torch``, ``flashinfer``, ``triton``, or ``auto``:
     flashinfer and triton, chosen for each pass, or what of them works, else torch; torch without a CUDA device.
     graphs: whether whole passes replay SGLang's captured prefill graphs where they fit: ``auto`` or ``off``.
+    report: what a request's answer says of it: ``full``; ``coarse``, without lengths and times; ``none``; or ``auto``:
+    coarse on an isolated server, else full.
     default: what a request without ``custom_params.relay`` gets: ``on``, ``exact`` or ``off``.
     donate: what a finished request offers to others: its ``output``, ``all`` of its tokens, or ``none``.
     min_segment: shortest run of equal tokens, in tokens, that is reused.
@@ -108,6 +110,7 @@ class RelayConfig:
     cost_model: bool = True
     attention: str = "auto"
     graphs: str = "off"
+    report: str = "auto"
     default: str = "on"
     donate: str = "output"
     min_segment: int = 32
@@ -216,6 +219,7 @@ _CHECKS: tuple[Callable[[RelayConfig], None], ...] = (
     _one_of("donate", ("output", "all", "none")),
     _one_of("attention", ("auto", "torch", "flashinfer", "triton")),
     _one_of("graphs", ("auto", "off")),
+    _one_of("report", ("auto", "full", "coarse", "none")),
     _between("tau_dev", 0.0, 1e6),
     _between("tau_inf", 0.0, 1e6),
     _between("suffix", 0, 1 << 20),
@@ -274,6 +278,7 @@ _PARSERS: dict[str, tuple[Callable[[str], Any], str]] = {
     "entry": (str, "a name"),
     "attention": (str, "a name"),
     "graphs": (str, "a name"),
+    "report": (str, "a name"),
 }
 _INTEGER: tuple[Callable[[str], Any], str] = (int, "a whole number")
 

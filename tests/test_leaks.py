@@ -405,7 +405,7 @@ def test_namespaces_of_different_tenants_or_tiers_differ(asked: list[tuple[tuple
 
 
 def test_isolated_backend_serves_only_the_salted(model: Path) -> None:
-    with Server(model, *FLAGS, "--radix-cache-backend", "relay-isolated") as server:
+    with Server(model, *FLAGS, "--radix-cache-backend", "relay-isolated", "--relay-report", "full") as server:
         isolated = Watched(server, None)  # type: ignore[arg-type]
         assert server.get("/server_info")["internal_states"][0]["relay"]["isolated"] is True
         assert "isolated" in server.log()

@@ -48,6 +48,7 @@ _ELSEWHERE = frozenset(
         "audit_every",
         "cost_model",
         "graphs",
+        "report",
         "default",
         "donate",
         "index_bytes",

@@ -12,15 +12,17 @@ import copy
 import functools
 import json
 import logging
-from collections.abc import AsyncGenerator, Awaitable, Callable
+import os
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from contextlib import aclosing
 from typing import Any, TypeVar
 
 from sglang.srt.plugins import load_plugins
 from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
+from sglang_relay.config import load_config
 from sglang_relay.engine.log import Log
-from sglang_relay.engine.report import REPORT_KEY
+from sglang_relay.engine.report import REPORT_KEY, coarse
 from sglang_relay.engine.requests import PRIMES
 
 T = TypeVar("T")
@@ -29,6 +31,8 @@ _MANAGER = "sglang.srt.managers.tokenizer_manager.TokenizerManager"
 _TO_WORKERS = "sglang.srt.managers.multi_tokenizer_mixin.write_data_for_multi_tokenizer"
 _OPENAI = "sglang.srt.entrypoints.openai"
 _DATA = "data: "
+_reports = "full"
+"""What answers of this process say."""
 _STREAM = "_relay_stream"
 """Attribute of a streamed request: its ``_Stream``, which goes when the request goes."""
 
@@ -45,12 +49,15 @@ def _guarded(where: str, otherwise: T, call: Callable[..., T], *args: Any) -> T:
         return otherwise
 
 
-def register(backends: tuple[str, ...]) -> None:
-    """Register the hooks that run in every front end and its launcher, to see whether the relay is selected."""
+def register(backends: Mapping[str, str]) -> None:
+    """Register the hooks that run in every front end and its launcher, to see whether the relay is selected.
+    backends: the reports that are usual with each name of it."""
 
     def started(result: Any, manager: Any, *args: Any, **kwargs: Any) -> None:
-        if manager.server_args.radix_cache_backend in backends:
-            install()
+        usual = backends.get(manager.server_args.radix_cache_backend)
+        if usual is not None:
+            wanted = load_config(os.environ).report
+            install(usual if wanted == "auto" else wanted)
 
     def workers(port_args: Any, server_args: Any, *args: Any, **kwargs: Any) -> Any:
         if server_args.radix_cache_backend not in backends:
@@ -72,8 +79,10 @@ class _LoadedOnArrival:
         return load_plugins, ()
 
 
-def install() -> None:
-    """Apply the hooks of a front end whose scheduler relays."""
+def install(reports: str) -> None:
+    """Apply the hooks of a front end whose scheduler relays. reports: what answers say (config.py, ``report``)."""
+    global _reports
+    _reports = reports
     from sglang_relay.engine.hooks import Hook, install, missing
 
     chat, completion = f"{_OPENAI}.serving_chat.OpenAIServingChat", f"{_OPENAI}.serving_completions"
@@ -155,8 +164,9 @@ def _unwrap(meta_info: dict[str, Any]) -> None:
     if not isinstance(value, list):
         return
     meta_info.pop(REPORT_KEY)
-    if value:
-        meta_info[REPORT_KEY] = _counted(value[0], meta_info)
+    if value and _reports != "none":
+        report = _counted(value[0], meta_info)
+        meta_info[REPORT_KEY] = coarse(report) if _reports == "coarse" else report
 
 
 class _Stream:

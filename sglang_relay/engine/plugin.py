@@ -42,7 +42,7 @@ def load() -> None:
         if get_radix_cache_factory(name) is None:
             register_radix_cache_backend(name, build_tree)
     command_line.register((SHARED, ISOLATED))
-    front_end.register((SHARED, ISOLATED))
+    front_end.register({SHARED: "full", ISOLATED: "coarse"})
 
 
 def build_tree(ctx: TreeCacheBuildContext) -> Any:

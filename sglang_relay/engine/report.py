@@ -10,6 +10,21 @@ from typing import Any
 from sglang_relay.engine.requests import KINDS
 
 REPORT_KEY = "relay"
+GRAIN = 256
+"""Tokens; a coarse report counts in steps of so many. Eight of the shortest pieces that are reused by default."""
+
+
+def coarse(report: Mapping[str, Any]) -> dict[str, Any]:
+    """Of ``report`` what does not tell how long the matches were: counts in steps of ``GRAIN`` tokens, whose rest is in
+    ``fresh``, and why the request was declined, where that was known before anything was looked for. What is reused of
+    less than ``GRAIN`` tokens looks like nothing."""
+    reused = {kind: report[kind] // GRAIN * GRAIN for kind in KINDS if kind != "fresh"}
+    fresh = sum(report[kind] for kind in KINDS) - sum(reused.values())
+    said = {**reused, "fresh": fresh, "policy": report["policy"]}
+    if report["policy"] is None:
+        return said | {"declined": report["declined"], "why": report["why"]}
+    found = sum(reused.values()) > reused["exact"]
+    return said | {"declined": None if found else "nothing_to_reuse", "why": None}
 
 
 @dataclass(slots=True)

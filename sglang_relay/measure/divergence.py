@@ -29,7 +29,7 @@ READ_ARGS = ("--enable-custom-logit-processor", "--enable-fp32-lm-head")
 
 SERVER_ARGS = (
     *("--radix-cache-backend", "relay", *READ_ARGS),
-    *("--relay-audit-every", "0", "--relay-cost-model", "false"),
+    *("--relay-audit-every", "0", "--relay-cost-model", "false", "--relay-report", "full"),
 )
 """What a server needs to be measured: an audited request is served exactly, and so is one that relay would slow."""
 
