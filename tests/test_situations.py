@@ -255,7 +255,10 @@ def test_beams_over_a_relayed_prefix(pair: Pair, donor: list[int], rng: random.R
     body = {"input_ids": prompt, "sampling_params": sampling}
     off = {**body, "sampling_params": {**sampling, "custom_params": {"relay": "off"}}}
     assert alike(answer(pair.relay, "/generate", off), answer(pair.stock, "/generate", body)) == ""
-    assert answer(pair.relay, "/generate", body)[0] == answer(pair.stock, "/generate", body)[0]
+    status, over = answer(pair.relay, "/generate", body)
+    assert status == answer(pair.stock, "/generate", body)[0] == 200
+    best, *others = (beam["meta_info"] for beam in over["meta_info"]["beam_results"])
+    assert best["relay"] == over["meta_info"]["relay"] and sane(best) and len(others) == 2
 
 
 # ---------------------------------------------------------------------- front ends
