@@ -97,9 +97,10 @@ def check(report: dict[str, Any], prompt: int, cached: int | None = None) -> dic
     assert report.keys() == KEYS | ({"influence", "entry"} if report["policy"] == "relay" else set())
     counts = [report[kind] for kind in ("exact", "approximate", "relayed", "recomputed", "fresh")]
     assert min(counts) >= 0 and sum(counts) == prompt, report
-    assert (report["segments"] > 0) == (reused(report) > 0)
+    # What an answer quotes of a cached prefix is recomputed without a segment.
+    assert (report["segments"] > 0) == (reused(report) > report["quoted"])
     if cached is not None:
-        assert report["exact"] + report["approximate"] >= cached
+        assert report["exact"] + report["approximate"] + report["quoted"] >= cached
     assert (report["why"] is not None) == (report["declined"] == "bad_custom_params")
     if reused(report) or report["approximate"]:
         assert report["declined"] is None and report["policy"] in POLICIES
@@ -412,15 +413,23 @@ def test_what_generates_nothing_is_never_relayed(server: Server, donor: list[int
     assert report["declined"] == "prefill_only" and report["fresh"] == len(prompt)
 
 
+SAMPLED = ({"relay_policy": "rotate"}, {"relay_policy": "probe", "relay_quote_tokens": 5})
+
+
+@pytest.mark.parametrize("params", SAMPLED, ids=lambda params: params["relay_policy"])
 @pytest.mark.parametrize("fields", [{}, {"return_logprob": True}, {"return_logprob": True, "token_ids_logprob": [7]}])
-def test_samples_of_one_prompt_share_what_was_relayed(server: Server, donor: list[int], fields: dict[str, Any]) -> None:
+def test_samples_of_one_prompt_share_what_was_relayed(
+    server: Server, donor: list[int], fields: dict[str, Any], params: dict[str, Any]
+) -> None:
     """SGLang computes the prompt by a request that generates nothing, whose KV the samples then find."""
-    prompt = prompt_with(donor)
-    sampling = {"temperature": 1, "max_new_tokens": 4, "n": 2, "custom_params": {"relay_policy": "rotate"}}
+    prompt, before = prompt_with(donor), stats(server)
+    sampling = {"temperature": 1, "max_new_tokens": 4, "n": 2, "custom_params": params}
     answers = server.post("/generate", {"input_ids": prompt, "sampling_params": sampling, **fields})
     for answer in answers:
-        report = report_of(answer)
-        assert_found(report, prompt)
+        assert_found(report_of(answer), prompt)
+    after = stats(server)
+    assert after["batches"] > before["batches"]
+    assert all(after[what] == before[what] for what in ("failures", "fallbacks"))
 
 
 def test_a_client_may_prime_its_next_request(server: Server, donor: list[int]) -> None:
@@ -432,7 +441,8 @@ def test_a_client_may_prime_its_next_request(server: Server, donor: list[int]) -
 
 def assert_found(report: dict[str, Any], prompt: list[int]) -> None:
     """All but the prompt's last token was there, the relayed text and what follows it as what they are."""
-    assert report["exact"] + report["approximate"] == len(prompt) - 1 and report["depth"] == 1, report
+    found = report["exact"] + report["approximate"] + report["quoted"]
+    assert found == len(prompt) - 1 and report["depth"] == 1, report
     assert report["exact"] > 0 and report["approximate"] > 0 and report["declined"] is None, report
 
 

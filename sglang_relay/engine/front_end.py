@@ -160,6 +160,8 @@ def _bring(one: dict[str, Any], waiting: _Stream | None) -> None:
 
 
 def _unwrap(meta_info: dict[str, Any]) -> None:
+    for beam in meta_info.get("beam_results", ()):  # the first has a copy of the answer's own
+        _unwrap(beam["meta_info"])
     value = meta_info.get(REPORT_KEY)
     if not isinstance(value, list):
         return
