@@ -53,6 +53,7 @@ def reused(answer: dict[str, Any]) -> int:
     return report["approximate"] + report["relayed"] + report["recomputed"]
 
 
+@pytest.mark.slow
 def test_prompts_that_are_computed_again(relay: Server, stock: Server) -> None:
     """A retracted request keeps its output while its prompt is published again, chunk by chunk: that breaks no
     invariant (engine/invariants.py, ``answered_too_early``)."""
