@@ -126,7 +126,7 @@ def test_each_call_fails_by_chance(world: World, seed: int) -> None:
     assert count > 20
 
 
-@pytest.mark.parametrize("times", [1, 2])
+@pytest.mark.parametrize("times", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_weights_that_change_over_a_failure_leave_nothing_of_the_old(world: World, model: Path, times: int) -> None:
     """The relay cannot forget what it has learnt of them, and so it is off."""
     (text, _) = world.texts()

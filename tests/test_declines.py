@@ -59,6 +59,7 @@ def test_the_page_is_the_table() -> None:
         ('"embeddings:not_held"', '"embeddings:new_reason"'),
     ],
 )  # fmt: skip
+@pytest.mark.slow
 def test_a_new_reason_is_found_wherever_it_stands(tmp_path: Path, old: str, new: str) -> None:
     copies, changed = [], 0
     for number, file in enumerate(_sources()):

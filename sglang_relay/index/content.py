@@ -7,13 +7,11 @@ from collections.abc import Callable, Hashable
 import numpy as np
 
 from .blocks import BLOCK, BLOCK_BYTES, BlockPool
+from .deepen import deepen_rows
 from .match import Run, Work, find_runs, rank
 from .rolling import MODULUS, mix, power, prefix_hashes, table_key, window_hash
 from .shares import OWNER_BYTES, Shares
 from .spans import (
-    DEPTH,
-    ID,
-    NAMESPACE,
     RECORD_BYTES,
     ROW_BYTES,
     START,
@@ -273,7 +271,7 @@ class ContentIndex:
         if donor not in self._donors or other not in self._donors:
             return False
         one, two = (self._donors.rows[self._donors.slot(d), [TAIL, STOP]].tolist() for d in (donor, other))
-        return 0 < stop <= min(one[1], two[1]) and self._blocks.same_start(stop, *one, *two)
+        return 0 < stop <= min(one[1], two[1]) and self._blocks.same_start(int(stop), *one, *two)
 
     def deepen(self, tenant: Hashable, namespace: str | None, path: np.ndarray, position: int, depth: int) -> int:
         """The KV of `path` (int32 `[n]`) has been computed at `depth` from `position` on: what donors of these tokens
@@ -281,21 +279,14 @@ class ContentIndex:
         owner, space = self._donors.tenants.get(tenant), self._donors.namespaces.get(namespace)
         if owner is None or space is None:
             return 0
-        rows, blocks, stop = self._donors.rows, self._blocks, int(position) + 1
-        begin = as_tokens(path[:stop])
-        chain = blocks.find(begin, prefix_hashes(begin, self._base), owner)
-        whole, changed = stop // BLOCK * BLOCK, 0  # tokens in full blocks, which equal paths share
-        if chain.blocks * BLOCK < whole:
+        begin = as_tokens(path[: int(position) + 1])
+        before = begin[: int(position) // BLOCK * BLOCK]  # tokens in full blocks, which equal paths share
+        blocks = self._blocks
+        chain = blocks.find(before, prefix_hashes(before, self._base), owner)
+        if chain.blocks * BLOCK < len(before):
             return 0
-        of_both = (rows[:, ID] >= 0) & (rows[:, TENANT] == owner) & (rows[:, NAMESPACE] == space)
-        for slot in np.flatnonzero(of_both & (rows[:, STOP] >= stop) & (rows[:, DEPTH] < depth)).tolist():
-            tail, length = rows[slot, [TAIL, STOP]].tolist()
-            if whole and not blocks.same_start(whole, chain.tail, min(stop, chain.blocks * BLOCK), tail, length):
-                continue
-            if np.array_equal(blocks.read(tail, length, whole, stop), begin[whole:]):
-                rows[slot, DEPTH] = depth
-                changed += 1
-        return changed
+        rows = self._donors.rows
+        return deepen_rows(rows, owner, space, begin, chain.tail, int(depth), blocks.tokens, blocks.parents)
 
     def touch(self, donor: int) -> None:
         """Make a donor that has served the most recently used; one that is gone is ignored."""

@@ -15,9 +15,11 @@ def warm_up() -> None:
     path = np.arange(200, dtype=np.int32)
     index = ContentIndex(base=257)
     donor = index.learn("", None, path, 0, 200, 0)
-    index.learn("", None, path, 10, 200, 0)
-    assert donor is not None
+    other = index.learn("", None, path, 10, 199, 0)
+    assert donor is not None and other is not None
     index.match("", path)
+    index.same_start(donor, other, 150)
+    index.deepen("", None, path, 100, 1)
     index.path(donor, 200)
     index.forget(donor)
     depths = DepthMap(257, 2)

@@ -1,12 +1,13 @@
 """ContentIndex: learning, answers, order, eviction, bytes, errors."""
 
 import itertools
+import sys
 from collections.abc import Hashable
 
 import numpy as np
 import pytest
 
-from sglang_relay.index import ContentIndex, Donor, Run
+from sglang_relay.index import ContentIndex, Donor, Run, warm_up
 
 BASE = 1_234_567_890_123_456_789
 
@@ -418,3 +419,43 @@ def test_what_is_found_is_as_deep_as_it_has_become() -> None:
     learn(index, path, 100, 300, namespace="a")
     index.deepen("t", "a", path, 90, 2)
     assert [run.depth for run in index.match("t", path[100:200])] == [2]
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_forks_become_as_deep_as_their_trunk(seed: int) -> None:
+    """Trees of paths, each compared with the path that was computed again, token by token."""
+    rng = np.random.default_rng(seed)
+    index, donors, paths = ContentIndex(base=BASE), {}, [text(int(rng.integers(40, 400)), seed)]
+    for number in range(150):
+        trunk = paths[int(rng.integers(len(paths)))]
+        cut = int(rng.integers(0, len(trunk)))
+        paths.append(join(trunk[:cut], text(int(rng.integers(33, 200)), 1000 * seed + number)))
+        donors[learn(index, paths[-1], max(0, len(paths[-1]) - 100), len(paths[-1]), namespace="n")] = paths[-1]
+    depths = dict.fromkeys(donors, 0)
+    for _ in range(60):
+        path = paths[int(rng.integers(len(paths)))]
+        position, depth = int(rng.integers(len(path))), int(rng.integers(1, 5))
+        begin = path[: position + 1].tolist()
+        reached = [d for d, p in donors.items() if p[: position + 1].tolist() == begin and depths[d] < depth]
+        assert index.deepen("t", "n", path, position, depth) == len(reached)
+        depths |= dict.fromkeys(reached, depth)
+        assert {donor: index.donor(donor).depth for donor in donors} == depths
+    index.check_integrity()
+
+
+@pytest.mark.parametrize("head", [0, 500])
+def test_deepening_takes_no_call_per_donor(head: int) -> None:
+    """A step that relays waits for it, and an index holds tens of thousands of donors behind one system prompt."""
+    warm_up()
+    index, shared, counts = ContentIndex(base=BASE), text(head, 1), []
+    for number in range(2000):
+        index.learn("t", "n", join(shared, text(60, 10 + number)), head, head + 60, 0)
+        if number in (9, 1999):
+            calls: list[str] = []
+            sys.setprofile(lambda frame, event, _, calls=calls: calls.append(event))
+            try:
+                index.deepen("t", "n", join(shared, text(60, 3)), head + 5, 1)
+            finally:
+                sys.setprofile(None)
+            counts.append(len(calls))
+    assert counts[1] <= counts[0] + 5

@@ -75,6 +75,8 @@ for seed in range(60):
     donor = index.learn(seed % 3, "n", text, whole(100), whole(600), whole(0))
     assert index.match(seed % 3, text, whole(7))[0].donor == donor
     index.path(donor, whole(30))
+    index.same_start(donor, max(0, donor - 1), whole(30))
+    index.deepen(seed % 3, "n", text, whole(seed + 5), whole(1))
     index.touch(donor)
     depths.mark("n", text, whole(seed), whole(1))
     depths.depth("n", text, whole(700))
